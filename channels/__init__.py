@@ -1,0 +1,1 @@
+"""How a notification leaves: one module a provider protocol, one small contract (`channels.base`)."""

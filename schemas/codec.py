@@ -127,7 +127,7 @@ class Codec:
         self._encoders: dict[type[Any], tuple[bytes, Schema, Callable[[object], dict[str, Any]]]] = {}
         for name, schema_id in written_as.items():
             kind = getattr(messages, name)
-            schemas.setdefault(schema_id, own_schema(name))
+            schemas[schema_id] = own_schema(name)  # the same object as the reader: no resolution on the hot path
             self._encoders[kind] = (_HEADER.pack(0, schema_id), own_schema(name), _shape(kind).to_mapping)
 
     def encode(self, message: messages.Message) -> bytes:

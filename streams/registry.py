@@ -1,0 +1,132 @@
+"""Client of the schema registry (Confluent's REST API) with a cache on disk, so that known schemas survive its outages."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import fastavro
+
+from schemas.codec import Codec, Schema, schema_text
+from schemas.errors import RegistryUnavailableError, SettingsError, UndecodableError, UnknownSchemaError
+from streams.topics import TopicSpec, physical
+
+TIMEOUT_SECONDS = 5.0
+# after a failed call the registry is not asked again for so long: one outage must not cost a time-out a batch
+PAUSE_AFTER_FAILURE_SECONDS = 1.0
+NOT_FOUND_REMEMBERED_SECONDS = 30.0
+
+
+class Registry:
+    """Looks schemas up by id and registers ours. One per worker; `schemas` is shared with the codec."""
+
+    def __init__(self, url: str, cache_dir: Path) -> None:
+        self.url = url.rstrip("/")
+        self.schemas: dict[int, Schema] = {}
+        self._cache = cache_dir
+        self._session: aiohttp.ClientSession | None = None
+        self._paused_until = 0.0
+        self._not_found: dict[int, float] = {}
+        self._load_cache()
+
+    async def close(self) -> None:
+        """Close connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def learn(self, schema_id: int) -> None:
+        """Make schema `schema_id` known. Raises UnknownSchemaError (the registry says 404) or RegistryUnavailableError."""
+        if schema_id in self.schemas:
+            return
+        if self._not_found.get(schema_id, 0.0) > time.monotonic():
+            raise UnknownSchemaError(f"the registry has no schema {schema_id}", schema_id=schema_id)
+        status, body = await self._call("GET", f"/schemas/ids/{schema_id}")
+        if status == 404:
+            self._not_found[schema_id] = time.monotonic() + NOT_FOUND_REMEMBERED_SECONDS
+            raise UnknownSchemaError(f"the registry has no schema {schema_id}", schema_id=schema_id)
+        if status != 200:
+            raise RegistryUnavailableError(f"the registry answered {status} for schema {schema_id}")
+        text = str(body["schema"])
+        try:
+            parsed = fastavro.parse_schema(json.loads(text), named_schemas={})
+        except Exception as error:  # noqa: BLE001 - fastavro raises whatever a foreign schema provokes
+            raise UndecodableError(f"schema {schema_id} is no Avro schema: {type(error).__name__}") from error
+        self.schemas[schema_id] = parsed
+        self._store(f"{schema_id}.avsc", text)
+
+    async def register(self, subject: str, text: str) -> int:
+        """Register a schema, or find it registered, and return its id. Raises RegistryUnavailableError.
+
+        Raises SettingsError when it is incompatible with what is registered (409) or refused (422).
+        """
+        status, body = await self._call("POST", f"/subjects/{subject}/versions", {"schema": text, "schemaType": "AVRO"})
+        if status in {409, 422}:
+            problem = f"the registry refused the schema of {subject} ({status}): {body.get('message', '')}"
+            raise SettingsError([problem])
+        if status != 200:
+            raise RegistryUnavailableError(f"the registry answered {status} when {subject} was registered")
+        return int(body["id"])
+
+    async def codec(self, env: str, specs: list[TopicSpec]) -> Codec:
+        """Return the codec for our own topics, their schemas registered; from the cache when the registry is away.
+
+        Raises RegistryUnavailableError when it is away and these schemas were never registered from here.
+        """
+        written_as: dict[str, int] = {}
+        stored = self._cache / f"registered.{env}.json"
+        known: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
+        for spec in specs:
+            if spec.schema is None:
+                continue
+            subject, text = f"{physical(env, spec.name)}-value", schema_text(spec.schema)
+            cached = known.get(subject)
+            if cached and cached["schema"] == text and cached["url"] == self.url:
+                schema_id = int(cached["id"])
+            else:
+                schema_id = await self.register(subject, text)
+                known[subject] = {"schema": text, "url": self.url, "id": schema_id}
+            written_as[spec.schema] = schema_id
+        self._store(stored.name, json.dumps(known))
+        return Codec(written_as, self.schemas)
+
+    async def _call(self, method: str, path: str, body: object = None) -> tuple[int, dict[str, Any]]:
+        if time.monotonic() < self._paused_until:
+            raise RegistryUnavailableError("the schema registry did not answer a moment ago")
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
+            self._session = aiohttp.ClientSession(timeout=timeout)
+        try:
+            async with self._session.request(method, self.url + path, json=body) as answer:
+                status = answer.status
+                content = await answer.json(content_type=None)
+        except (TimeoutError, aiohttp.ClientError, ValueError) as error:
+            self._paused_until = time.monotonic() + PAUSE_AFTER_FAILURE_SECONDS
+            raise RegistryUnavailableError(f"the schema registry does not answer: {type(error).__name__}") from error
+        return status, content if isinstance(content, dict) else {}
+
+    def _load_cache(self) -> None:
+        # ids are the registry's: a cache filled by another registry would decode with the wrong schema
+        owner = self._cache / "registry-url"
+        with contextlib.suppress(OSError):
+            self._cache.mkdir(parents=True, exist_ok=True)
+            if owner.exists() and owner.read_text() != self.url:
+                for file in self._cache.glob("*.avsc"):
+                    file.unlink(missing_ok=True)
+            owner.write_text(self.url)
+            for file in self._cache.glob("*.avsc"):
+                with contextlib.suppress(ValueError):
+                    self.schemas[int(file.stem)] = fastavro.parse_schema(json.loads(file.read_text()), named_schemas={})
+
+    def _store(self, name: str, text: str) -> None:
+        # the cache is an aid: a full disk must not stop decoding
+        with contextlib.suppress(OSError):
+            temporary = self._cache / f".{name}.{os.getpid()}.{id(asyncio)}"
+            temporary.write_text(text)
+            temporary.replace(self._cache / name)

@@ -1,0 +1,198 @@
+"""What the environment says a worker is. One frozen dataclass; constructing it reads nothing by itself.
+
+Every missing or malformed variable is reported at once, before anything connects.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from schemas.errors import SettingsError
+from streams.roles import Role
+
+T = TypeVar("T")
+MINIMUM_TOKEN_KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Values of the NOTIFY_* variables; `docs/settings.md` is generated from the table below."""
+
+    env: str
+    role: Role | None
+    kafka: str
+    registry_url: str
+    seal_key: bytes = field(repr=False)
+    token_key: bytes = field(repr=False)
+    smtp_url: str = field(repr=False)  # may carry a password
+    mail_from: str
+    data_dir: Path
+    web_host: str
+    web_port: int
+    partitions: int
+    inbound_partitions: int
+    replication: int
+    worker_name: str | None
+    dedupe_seconds: int
+    session_timeout_seconds: float
+    max_open_attempts: int
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str], *, needs: frozenset[str] = frozenset()) -> Settings:
+        """Return the settings in `env`. `needs` names the variables that must be there (`WORKER_NEEDS`).
+
+        Raises SettingsError with one sentence for each variable that is missing or malformed.
+        """
+        problems: list[str] = []
+
+        def read(name: str, parse: Callable[[str], T], default: T) -> T:
+            text = env.get(name, "").strip()
+            if not text:
+                if name in needs:
+                    problems.append(f"{name} is missing: {VARIABLES[name]}")
+                return default
+            try:
+                return parse(text)
+            except ValueError as error:
+                shown = "its value" if name in SECRETS else repr(text)
+                problems.append(f"{name}: {shown} {error}: {VARIABLES[name]}")
+                return default
+
+        role = read("NOTIFY_ROLE", _role, None)
+        if role is not None and role.lane is not None:
+            needs = needs | {"NOTIFY_SMTP_URL"}
+        settings = cls(
+            env=read("NOTIFY_ENV", _word, "dev"),
+            role=role,
+            kafka=read("NOTIFY_KAFKA_BOOTSTRAP", _servers, ""),
+            registry_url=read("NOTIFY_REGISTRY_URL", _http_url, ""),
+            seal_key=read("NOTIFY_SEAL_KEY", _key_of_32_bytes, b""),
+            token_key=read("NOTIFY_TOKEN_KEY", _token_key, b""),
+            smtp_url=read("NOTIFY_SMTP_URL", _smtp_url, ""),
+            mail_from=read("NOTIFY_MAIL_FROM", _mailbox, "FlowMart <notifications@flowmart.example>"),
+            data_dir=read("NOTIFY_DATA_DIR", _path, Path("~/.local/share/flowmart-notify").expanduser()),
+            web_host=read("NOTIFY_WEB_HOST", str, "127.0.0.1"),
+            web_port=read("NOTIFY_WEB_PORT", _between(1, 65535), 6066),
+            partitions=read("NOTIFY_PARTITIONS", _between(1, 10_000), 4),
+            inbound_partitions=read("NOTIFY_INBOUND_PARTITIONS", _between(1, 10_000), 4),
+            replication=read("NOTIFY_REPLICATION", _between(1, 9), 1),
+            worker_name=read("NOTIFY_WORKER_NAME", _word, None),
+            dedupe_seconds=86_400 * read("NOTIFY_DEDUPE_DAYS", _between(1, 365), 7),
+            session_timeout_seconds=read("NOTIFY_SESSION_TIMEOUT_SECONDS", _between(6, 300), 10),
+            max_open_attempts=read("NOTIFY_MAX_OPEN_ATTEMPTS", _between(1, 1_000), 32),
+        )
+        unknown = sorted(name for name in env if name.startswith("NOTIFY_") and name not in VARIABLES)
+        problems += [f"{name} is not a setting; the settings are in docs/settings.md" for name in unknown]
+        if problems:
+            raise SettingsError(problems)
+        return settings
+
+
+VARIABLES: Mapping[str, str] = {
+    "NOTIFY_ENV": "the environment in topic names, letters, digits and hyphens; default dev",
+    "NOTIFY_ROLE": f"the role of this worker: {', '.join(Role)}",
+    "NOTIFY_KAFKA_BOOTSTRAP": "Kafka's bootstrap servers, such as kafka-1:9092,kafka-2:9092",
+    "NOTIFY_REGISTRY_URL": "the schema registry, such as http://registry:8081",
+    "NOTIFY_SEAL_KEY": "32 bytes in base64 that wrap the users' keys; secret, the same for all workers",
+    "NOTIFY_TOKEN_KEY": "at least 32 bytes in base64 that sign the web's bearer tokens; secret",
+    "NOTIFY_SMTP_URL": "the mail server: smtp://, smtp+starttls:// or smtps://[user:password@]host:port; secret; senders need it",
+    "NOTIFY_MAIL_FROM": "the sender of mails, a mailbox such as FlowMart <notifications@flowmart.example>",
+    "NOTIFY_DATA_DIR": "a folder for what may be lost: the cache of schemas; default ~/.local/share/flowmart-notify",
+    "NOTIFY_WEB_HOST": "the address that queries, health and metrics listen on; default 127.0.0.1",
+    "NOTIFY_WEB_PORT": "their port; default 6066",
+    "NOTIFY_PARTITIONS": "partitions of every topic keyed by user; default 4, in production 24",
+    "NOTIFY_INBOUND_PARTITIONS": "partitions of the payments topic; default 4",
+    "NOTIFY_REPLICATION": "replicas of the topics that `notify topics ensure` makes; default 1, in production 3",
+    "NOTIFY_WORKER_NAME": "a stable, unique name of this worker (static group membership); default: none",
+    "NOTIFY_DEDUPE_DAYS": "how long an event sent again is known, in days; default 7",
+    "NOTIFY_SESSION_TIMEOUT_SECONDS": "silence after which a worker's partitions go to others; default 10, at least 6",
+    "NOTIFY_MAX_OPEN_ATTEMPTS": "calls to one provider that a worker has open at once: the bound on duplicates of a crash; default 32",
+    "NOTIFY_CACHE_DIR": "where `notify up` keeps downloads; default ~/.cache/flowmart-notify",
+}
+SECRETS = frozenset({"NOTIFY_SEAL_KEY", "NOTIFY_TOKEN_KEY", "NOTIFY_SMTP_URL"})
+CLIENT_NEEDS = frozenset({"NOTIFY_KAFKA_BOOTSTRAP", "NOTIFY_REGISTRY_URL", "NOTIFY_SEAL_KEY", "NOTIFY_TOKEN_KEY"})
+WORKER_NEEDS = CLIENT_NEEDS | {"NOTIFY_ROLE"}
+
+
+def _role(text: str) -> Role:
+    try:
+        return Role(text)
+    except ValueError:
+        raise ValueError("is not a role") from None
+
+
+def _word(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}", text):
+        raise ValueError("is not a word of letters, digits and hyphens")
+    return text
+
+
+def _servers(text: str) -> str:
+    for server in text.split(","):
+        host, _, port = server.strip().rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"has {server.strip()!r}, which is not host:port")
+    return ",".join(server.strip() for server in text.split(","))
+
+
+def _http_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("is not an http or https URL")
+    return text.rstrip("/")
+
+
+def _smtp_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in {"smtp", "smtps", "smtp+starttls"} or not parts.hostname:
+        raise ValueError("is not an smtp URL")
+    return text
+
+
+def _mailbox(text: str) -> str:
+    if "@" not in text or any(ord(c) < 32 for c in text):
+        raise ValueError("is not a mailbox")
+    return text
+
+
+def _base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        raise ValueError("is not base64") from None
+
+
+def _key_of_32_bytes(text: str) -> bytes:
+    key = _base64(text)
+    if len(key) != 32:
+        raise ValueError(f"has {len(key)} bytes, not 32")
+    return key
+
+
+def _token_key(text: str) -> bytes:
+    key = _base64(text)
+    if len(key) < MINIMUM_TOKEN_KEY_BYTES:
+        raise ValueError(f"has {len(key)} bytes, fewer than {MINIMUM_TOKEN_KEY_BYTES}")
+    return key
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _between(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdigit() or not low <= int(text) <= high:
+            raise ValueError(f"is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+

@@ -33,6 +33,7 @@ class Registry:
         self._session: aiohttp.ClientSession | None = None
         self._paused_until = 0.0
         self._not_found: dict[int, float] = {}
+        self._refused: set[int] = set()  # no Avro schemas: the answer will not change
         self._load_cache()
 
     async def close(self) -> None:
@@ -43,7 +44,7 @@ class Registry:
 
     async def learn(self, schema_id: int) -> None:
         """Make schema `schema_id` known. Raises UnknownSchemaError (the registry says 404) or RegistryUnavailableError."""
-        if schema_id in self.schemas:
+        if schema_id in self.schemas or schema_id in self._refused:
             return
         if self._not_found.get(schema_id, 0.0) > time.monotonic():
             raise UnknownSchemaError(f"the registry has no schema {schema_id}", schema_id=schema_id)
@@ -57,9 +58,15 @@ class Registry:
         try:
             parsed = fastavro.parse_schema(json.loads(text), named_schemas={})
         except Exception as error:  # noqa: BLE001 - fastavro raises whatever a foreign schema provokes
+            self._refused.add(schema_id)
             raise UndecodableError(f"schema {schema_id} is no Avro schema: {type(error).__name__}") from error
         self.schemas[schema_id] = parsed
         self._store(f"{schema_id}.avsc", text)
+
+    def explain(self, schema_id: int) -> None:
+        """Raise RegistryUnavailableError unless the registry said that it does not know `schema_id`."""
+        if schema_id not in self._refused and self._not_found.get(schema_id, 0.0) <= time.monotonic():
+            raise RegistryUnavailableError(f"the registry could not be asked for schema {schema_id}")
 
     async def register(self, subject: str, text: str) -> int:
         """Register a schema, or find it registered, and return its id. Raises RegistryUnavailableError.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -37,19 +36,14 @@ class TopicSpec:
         return self.retention_seconds is None
 
 
-def table_topic(role: str, table: str) -> str:
-    """Return the changelog of a role's table, as agents know it."""
-    return f"{role}.{table}"
-
-
 def physical(env: str, name: str) -> str:
     """Return the name in the cluster: the neighbours' topics have their own form, ours begin with `notify.{env}`."""
     return f"payments.{env}.events" if name == topics.PAYMENTS else f"notify.{env}.{name}"
 
 
-def specs(changelogs: Iterator[tuple[str, str, Count]] | None = None) -> list[TopicSpec]:
-    """Return every topic of the system. `changelogs`: (role, table, count) of each table with a changelog of its own."""
-    found = [
+def specs() -> list[TopicSpec]:
+    """Return the topics of the system that are no changelog of one step's table (`streams.topology.all_topics` adds those)."""
+    return [
         TopicSpec(name=topics.PAYMENTS, count=Count.INBOUND),
         TopicSpec(name=topics.PARKED, count=Count.INBOUND, max_message_bytes=DEAD_MAX_BYTES),
         *(TopicSpec(name=topics.requests(lane), schema="NotificationRequested") for lane in Lane),
@@ -62,6 +56,3 @@ def specs(changelogs: Iterator[tuple[str, str, Count]] | None = None) -> list[To
         TopicSpec(name=topics.SIGNALS, schema="EngagementSignal"),
         TopicSpec(name=topics.DEAD, retention_seconds=30 * DAY_SECONDS, max_message_bytes=DEAD_MAX_BYTES),
     ]
-    for role, table, count in changelogs or ():
-        found.append(TopicSpec(name=table_topic(role, table), count=count, retention_seconds=None))
-    return found

@@ -1,8 +1,8 @@
 """Child processes that never outlive us, and errors that name whoever is in the way.
 
-Three rules hold for each child. It dies with its parent, even when the parent is killed with -9 (Linux: PR_SET_PDEATHSIG).
-Ctrl-C in the terminal does not reach it: the parent decides the order in which things stop. And its output goes to a
-file whose last lines are part of every error.
+Three rules hold for each child. It dies with its parent, even when the parent is killed with -9 (on Linux, through
+PR_SET_PDEATHSIG). Ctrl-C in the terminal does not reach it: the parent decides the order in which things stop. And its
+output goes to a file whose last lines are part of every error.
 
 The kernel ties a child to the *thread* that started it: start servers from a thread that lives as long as they should,
 the event loop's own, never from `asyncio.to_thread`.
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final, Self
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # no stubs among our dependencies
 
 LOOPBACK: Final = "127.0.0.1"
 POLL_SECONDS: Final = 0.02
@@ -64,7 +64,9 @@ class PortInUseError(StackError):
     def __init__(self, port: int, owner: str, *, purpose: str) -> None:
         self.port = port
         self.owner = owner
-        super().__init__(f"{owner}, but {purpose} needs it. Stop that process, or choose another port (0 = any free one).")
+        super().__init__(
+            f"{owner}, but {purpose} needs it. Stop that process, or choose another port (0 = any free one)."
+        )
 
 
 class DataDirInUseError(StackError):
@@ -83,7 +85,9 @@ class ServerFailedError(StackError):
         self.name = name
         self.log_path = log_path
         self.log_tail = log_tail
-        super().__init__(f"{name} {reason}. Its log is {log_path}; the last lines are:\n{log_tail or '(nothing was logged)'}")
+        super().__init__(
+            f"{name} {reason}. Its log is {log_path}; the last lines are:\n{log_tail or '(nothing was logged)'}"
+        )
 
 
 def describe_process(pid: int) -> str:
@@ -195,9 +199,11 @@ class DataDirLock:
             self._file = None
 
     def __enter__(self) -> Self:
+        """Take the lock."""
         return self.acquire()
 
     def __exit__(self, *_: object) -> None:
+        """Give it back."""
         self.release()
 
 
@@ -308,10 +314,11 @@ async def end_leftover(pid_path: Path, grace_seconds: float = 5) -> None:
     except (OSError, ValueError, psutil.NoSuchProcess):
         return
     end = time.monotonic() + grace_seconds
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > end:
-            process.kill()
-        await asyncio.sleep(POLL_SECONDS)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > end:
+                process.kill()
+            await asyncio.sleep(POLL_SECONDS)
 
 
 class Server(ABC):

@@ -1,0 +1,459 @@
+"""Joins the parts into the Faust app of one role: `NOTIFY_ROLE=<role> faust -A streams.app worker -l info`.
+
+`build_app` is the only place where parts meet. Nothing connects before the settings are known to be whole; nothing is
+read before the topics were found as they should be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from secrets import token_bytes
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import faust
+from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import Message as KafkaMessage
+from faust.types import TP
+
+from agents import inbox, signals, triggers
+from agents.ports import Effects, Output, Source, State
+from agents.router import Router
+from channels.registry import build_channels
+from schemas import topics
+from schemas.codec import Codec
+from schemas.errors import (
+    NotifyError,
+    ProviderUnavailableError,
+    RegistryUnavailableError,
+    SettingsError,
+    UndecodableError,
+    UnknownSchemaError,
+)
+from schemas.ids import partition_of
+from schemas.messages import (
+    Command,
+    DecisionRecord,
+    Delivery,
+    EngagementSignal,
+    Message,
+    NotificationRequested,
+    StatusChange,
+    UserKey,
+)
+from schemas.sealed import KEY_BYTES, unwrap
+from schemas.topics import Lane as LaneName
+from streams.followers import Follower
+from streams.health import HealthWatch
+from streams.metrics import Metrics
+from streams.registry import Registry
+from streams.roles import Role
+from streams.runner import Input, MakeShard, Names, Runner, Tools, Turns
+from streams.sending import Providers, SendingShard, Slots
+from streams.settings import WORKER_NEEDS, Settings
+from streams.topics import Count, physical
+from streams.topology import Step, all_topics, steps_of
+from streams.transport.admin import committed_offsets, topic_facts
+from streams.transport.cluster import Cluster, leave
+from streams.transport.faust_parts import BatchSchema, BatchTableManager, NotifyApp, PartitionedTable, check_version
+from streams.views.pages import OperationsContext, WebContext, install, install_operations
+from templates.render import Templates
+
+if TYPE_CHECKING:
+    from streams.transport.reader import Batch
+
+log = logging.getLogger(__name__)
+
+EXIT_SETTINGS = 2
+_KEYED_ROLES = frozenset({Role.SENDER_CRITICAL, Role.SENDER_NORMAL, Role.SENDER_BULK, Role.VIEWS})
+_POOL_THREADS = 64
+_START_RETRY_SECONDS = 2.0
+
+
+class Foreign(NamedTuple):
+    """A record of a neighbour, decoded with its writer's schema."""
+
+    record: Mapping[str, object]
+    raw: bytes
+
+
+class Worker(NotifyApp):
+    """The app of one role."""
+
+    def __init__(self, settings: Settings, role: Role, **options: Any) -> None:
+        self.settings = settings
+        self.role = role
+        self.steps = steps_of(role)
+        self.metrics = Metrics(role)
+        self.runner: Runner | None = None
+        self.watch: HealthWatch | None = None
+        self.keys: Follower | None = None
+        self.registry = Registry(settings.registry_url, settings.data_dir / "schemas")
+        self.cluster = Cluster(bootstrap=settings.kafka)
+        self._closing: list[Callable[[], Awaitable[None]]] = []
+        self._publisher: Producer | None = None
+        self._codec: Codec | None = None
+        self.tables_of: dict[tuple[str, str], PartitionedTable] = {}
+        self.tune: Callable[[Tools], None] = lambda _tools: None  # tests set faults and limits here
+        super().__init__(f"notify.{settings.env}.{role}", **options)
+
+    # ---- start and stop
+
+    async def on_first_start(self) -> None:
+        """Check topics, register schemas, open channels and build the runner, before anything is consumed."""
+        self.conf.datadir.mkdir(parents=True, exist_ok=True)
+        await super().on_first_start()
+        try:
+            await self._prepare()
+        except SettingsError as error:
+            for problem in error.problems:
+                log.critical("start.refused problem=%r", problem)
+            leave("; ".join(error.problems))
+
+    async def on_stop(self) -> None:
+        """Stop, then close what `on_first_start` opened."""
+        await super().on_stop()
+        for close in reversed(self._closing):
+            await close()
+
+    async def _prepare(self) -> None:
+        settings, env = self.settings, self.settings.env
+        pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="kafka")
+        specs = {spec.name: spec for spec in all_topics()}
+        used = {topic for step in self.steps for topic in (*step.reads, *step.writes, *step.changelogs().values())}
+        used |= {topics.DEAD, topics.KEYS}
+        loop = asyncio.get_running_loop()
+        names = {topic: physical(env, topic) for topic in used}
+        facts = await loop.run_in_executor(pool, topic_facts, self.cluster, list(names.values()))
+        wrong = [
+            f"topic {names[topic]} has {facts[names[topic]].partitions} partitions, this worker expects {expected}"
+            for topic in sorted(used)
+            if facts[names[topic]].partitions != (expected := self._count(specs[topic].count))
+        ]
+        if wrong:
+            raise SettingsError(wrong)
+        codec = self._codec = await self._register()
+        tools = Tools(
+            cluster=self.cluster,
+            names=Names(
+                physical=names,
+                logical={name: topic for topic, name in names.items()},
+                specs=specs,
+                partitions={topic: facts[name].partitions for topic, name in names.items()},
+                ids={topic: facts[name].id for topic, name in names.items()},
+            ),
+            encoder=codec,
+            metrics=self.metrics,
+            role=self.role,
+            pool=pool,
+            turns=Turns(),
+        )
+        self.tune(tools)
+        make_shard: dict[str, MakeShard] = {}
+        if self.role in _KEYED_ROLES:
+            self.keys = Follower(self.cluster, names[topics.KEYS], group=f"{self.conf.id}.keys")
+        if self.role.lane is not None:
+            make_shard["send"] = await self._sending(tools)
+        runner = Runner(
+            tools,
+            group=self.conf.id,
+            steps={step: self._inputs(step, codec) for step in self.steps},
+            make_shard=make_shard,
+        )
+        runner.committed = self._committed
+        if self.keys is not None:
+            runner.on_assigned.append(self.keys.follow)
+        runner.on_acquired.append(self._show_tables)
+        self.owner = self.runner = runner
+        self.watch = HealthWatch(runner)
+        self.add_future(self.watch.watch())
+        self._closing.append(self.registry.close)
+
+    async def _register(self) -> Codec:
+        while True:
+            try:
+                return await self.registry.codec(self.settings.env, all_topics())
+            except RegistryUnavailableError as error:
+                log.warning("registry.unavailable error=%s: waiting, since these schemas were never registered from here", error)
+                await asyncio.sleep(_START_RETRY_SECONDS)
+
+    async def _sending(self, tools: Tools) -> MakeShard:
+        settings = self.settings
+        channels = build_channels(smtp_url=settings.smtp_url, mail_from=settings.mail_from)
+        for channel in channels.values():
+            await channel.open()
+            self._closing.append(channel.close)
+        providers = Providers(
+            channels=channels,
+            slots={name: Slots(channel, settings.max_open_attempts, tools) for name, channel in channels.items()},
+            key_of=self.key_of,
+            ledger_seconds=settings.dedupe_seconds,
+        )
+        return partial(SendingShard, providers=providers)
+
+    def _count(self, count: Count) -> int:
+        return self.settings.inbound_partitions if count is Count.INBOUND else self.settings.partitions
+
+    async def _committed(self, tps: set[TP]) -> Mapping[TP, int | None]:
+        places = [(tp.topic, tp.partition) for tp in tps]
+        assert self.runner is not None
+        found = await self.runner.tools.in_thread(committed_offsets, self.cluster, self.conf.id, places)
+        return {tp: found.get((tp.topic, tp.partition)) for tp in tps}
+
+    def _show_tables(self, runner: Runner) -> None:
+        for (step, table), shown in self.tables_of.items():
+            shown.shards = {shard.partition: shard.tables[table] for shard in runner.shards.values() if shard.step.name == step}
+
+    # ---- what is decided where
+
+    def _inputs(self, step: Step, codec: Codec) -> dict[str, Input]:
+        match step.role:
+            case Role.INGEST:
+                return self._ingest_inputs(step, codec)
+            case Role.ROUTER:
+                router = Router(
+                    templates=Templates(),
+                    codec=codec,
+                    seal_key=self.settings.seal_key,
+                    new_key=partial(token_bytes, KEY_BYTES),
+                    partitions=self.settings.partitions,
+                    dedupe_seconds=self.settings.dedupe_seconds,
+                )
+                requests = {topics.requests(lane): self._own(NotificationRequested, router.decide_request) for lane in LaneName}
+                return {topics.COMMANDS: self._own(Command, router.decide_command), **requests}
+            case Role.SENDER_CRITICAL | Role.SENDER_NORMAL | Role.SENDER_BULK:
+                return {topic: self._own(Delivery, _nothing) for topic in step.reads}
+            case Role.SIGNALS:
+                return {topics.SIGNALS: self._own(EngagementSignal, signals.decide)}
+            case Role.VIEWS:
+                return {
+                    topics.DECISIONS: self._own(DecisionRecord, inbox.decide_decision),
+                    topics.STATUS: self._own(StatusChange, inbox.decide_status),
+                }
+
+    def _ingest_inputs(self, step: Step, codec: Codec) -> dict[str, Input]:
+        def decode(message: KafkaMessage) -> Foreign:
+            raw = message.value()
+            try:
+                return Foreign(codec.decode_foreign(raw), raw or b"")
+            except UnknownSchemaError as error:
+                # `learn` asked a moment ago: what is still not known could not be asked for, unless the registry said no
+                self.registry.explain(error.schema_id)
+                raise
+
+        def park(message: KafkaMessage, _source: Source) -> Effects:
+            return Effects([Output(topics.PARKED, message.key() or b"", message.value() or b"")], [], [])
+
+        def payment(found: Foreign, source: Source, _state: State) -> Effects:
+            return triggers.ingest_payment(found.record, source, found.raw)
+
+        def unparked(found: Foreign, source: Source, _state: State) -> Effects:
+            return triggers.ingest_payment(found.record, _original(source), found.raw)
+
+        if step.name == "parked":
+            return {topics.PARKED: Input(decode=decode, decide=unparked, learn=self._learn)}
+        return {topics.PAYMENTS: Input(decode=decode, decide=payment, learn=self._learn, park=park)}
+
+    async def _learn(self, messages: Sequence[KafkaMessage]) -> None:
+        """Ask the registry for the schemas of `messages` that are not known yet."""
+        unknown: set[int] = set()
+        for message in messages:
+            raw = message.value()
+            if raw is not None and len(raw) >= 5 and raw[0] == 0:
+                schema_id = int.from_bytes(raw[1:5], "big")
+                if schema_id not in self.registry.schemas:
+                    unknown.add(schema_id)
+        for schema_id in unknown:
+            try:
+                await self.registry.learn(schema_id)
+            except (UnknownSchemaError, UndecodableError):
+                continue  # decoding says so, record by record
+            except RegistryUnavailableError:
+                return
+
+    def _own(self, kind: type[Any], decide: Callable[[Any, Source, State], Effects]) -> Input:
+        codec = self._codec
+        assert codec is not None
+
+        def decode(message: KafkaMessage) -> Any:
+            try:
+                return codec.decode(message.value(), kind)
+            except UnknownSchemaError as error:
+                self.registry.explain(error.schema_id)
+                raise
+
+        return Input(decode=decode, decide=decide, learn=self._learn)
+
+    # ---- what the web needs
+
+    async def key_of(self, user_id: str) -> bytes | None:
+        """Return a user's key, None when he has none or it was destroyed. Raises UnsealableError for a wrong seal key."""
+        assert self.keys is not None
+        assert self._codec is not None
+        user = user_id.encode()
+        row = await self.keys.look_up(partition_of(user, self.settings.partitions), user)
+        return None if row is None else unwrap(self.settings.seal_key, self._codec.decode(row, UserKey).wrapped, user_id=user_id)
+
+    def owner_of(self, partition: int) -> str | None:
+        """Return the base URL of the worker that owns a partition of the users' topics; None: this one, or nobody."""
+        topic = physical(self.settings.env, topics.STATUS)
+        for url, owned in self.assignor.external_topics_metadata().items():
+            if partition in owned.get(topic, ()):
+                return None if str(url).rstrip("/") == str(self.conf.canonical_url).rstrip("/") else str(url)
+        return None
+
+    def shard(self, table: str, partition: int) -> Mapping[bytes, bytes] | None:
+        """Return the rows of a table's partition; None when they are not here."""
+        return None if self.runner is None else self.runner.rows(table, partition)
+
+    async def publish(self, topic: str, key: bytes, message: Message) -> None:
+        """Publish a message and return when the broker has acknowledged it. Raises ProviderUnavailableError."""
+        assert self._codec is not None
+        if self._publisher is None:
+            self._publisher = Producer(
+                self.cluster.config(enable_idempotence=True, partitioner="murmur2_random", linger_ms=0, delivery_timeout_ms=8_000)
+            )
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def on_delivery(error: KafkaError | None, _message: KafkaMessage) -> None:
+            loop.call_soon_threadsafe(_settle, done, error)
+
+        publisher = self._publisher
+        try:
+            publisher.produce(physical(self.settings.env, topic), self._codec.encode(message), key, on_delivery=on_delivery)
+        except (BufferError, KafkaException) as error:
+            raise ProviderUnavailableError("Kafka does not take the message", code="kafka") from error
+        while not done.done():
+            await loop.run_in_executor(None, publisher.poll, 0.05)
+        await done
+
+    def health_of_worker(self) -> Any:
+        """Return what `/health` answers."""
+        from streams.views.pages import Health  # noqa: PLC0415 - named here only
+
+        return self.watch.health() if self.watch else Health(is_live=True, is_ready=False, details={"role": self.role})
+
+
+def _settle(done: asyncio.Future[None], error: KafkaError | None) -> None:
+    if done.done():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(ProviderUnavailableError(f"Kafka did not acknowledge: {error.name()}", code="kafka"))
+
+
+def _nothing(_delivery: Delivery, _source: Source, _state: State) -> Effects:
+    raise AssertionError("a sender's shard calls providers, it decides nothing")
+
+
+def _original(source: Source) -> Source:
+    """Return where a parked record was read first."""
+    headers = dict(source.headers)
+    try:
+        return replace(
+            source,
+            topic=headers["topic"].decode(),
+            partition=int(headers["partition"]),
+            offset=int(headers["offset"]),
+            at=datetime.fromtimestamp(int(headers["timestamp"]) / 1000, UTC),
+        )
+    except (KeyError, ValueError) as error:
+        raise UndecodableError("a parked record without the headers that say where it came from") from error
+
+
+def build_app(settings: Settings) -> Worker:
+    """Return the app of `settings.role`, not started. Connects nowhere."""
+    check_version()
+    assert settings.role is not None
+    app = Worker(
+        settings,
+        settings.role,
+        broker=";".join(f"kafka://{server}" for server in settings.kafka.split(",")),
+        autodiscover=False,
+        TableManager=BatchTableManager,
+        datadir=settings.data_dir / "faust" / f"{settings.role}-{settings.web_port}",
+        topic_allow_declare=False,
+        topic_disable_leader=True,
+        topic_partitions=settings.partitions,
+        table_standby_replicas=0,
+        consumer_auto_offset_reset="earliest",
+        consumer_group_instance_id=f"{settings.worker_name}-{settings.role}" if settings.worker_name else None,
+        broker_commit_interval=1.0,
+        broker_session_timeout=settings.session_timeout_seconds,
+        broker_heartbeat_interval=min(2.0, settings.session_timeout_seconds / 3),
+        broker_request_timeout=90.0,
+        stream_recovery_delay=0.0,
+        web_enabled=True,
+        web_bind=settings.web_host,
+        web_host=settings.web_host,
+        web_port=settings.web_port,
+        web_tables_enabled=False,
+        web_router_enabled=False,
+        worker_redirect_stdouts=False,
+    )
+    app.health_failed = lambda error: leave(f"recovery failed: {type(error).__name__}: {error}")
+    for step in app.steps:
+        _bind(app, step)
+    operations = OperationsContext(health=app.health_of_worker, registry=app.metrics.registry)
+    if settings.role is Role.VIEWS:
+        context = WebContext(
+            health=app.health_of_worker,
+            registry=app.metrics.registry,
+            tables=app,
+            partitions=settings.partitions,
+            owner=app.owner_of,
+            key_of=app.key_of,
+            publish=app.publish,
+            token_key=settings.token_key,
+            now=lambda: datetime.now(UTC),
+        )
+        install(app, context)
+    else:
+        install_operations(app, operations)
+    return app
+
+
+def _bind(app: Worker, step: Step) -> None:
+    partitions = app.settings.inbound_partitions if step.count is Count.INBOUND else app.settings.partitions
+    for table, changelog in step.changelogs().items():
+        name = f"{step.name}-{table}"
+        shown = PartitionedTable(app, name=name, changelog=physical(app.settings.env, changelog), partitions=partitions)
+        app.tables_of[(step.name, table)] = app.tables.add(shown)
+    for topic in step.reads:
+        source = app.topic(physical(app.settings.env, topic), schema=BatchSchema(), partitions=partitions)
+
+        async def agent(stream: faust.StreamT[Batch]) -> None:
+            async for batch in stream.noack():
+                assert app.runner is not None
+                app.runner.accept(batch)
+
+        app.agent(source, name=f"{step.name}.{topic}")(agent)
+
+
+def app_from_environment() -> Worker:
+    """Return the app that the environment describes, or end the process with every problem named at once."""
+    try:
+        return build_app(Settings.from_env(os.environ, needs=WORKER_NEEDS))
+    except NotifyError as error:
+        problems = error.problems if isinstance(error, SettingsError) else [str(error)]
+        sys.stderr.write("This worker cannot start:\n" + "".join(f"  - {problem}\n" for problem in problems))
+        raise SystemExit(EXIT_SETTINGS) from None
+
+
+def __getattr__(name: str) -> Worker:
+    # `faust -A streams.app` looks for `app`; importing this module alone does nothing
+    if name == "app":
+        globals()["app"] = app_from_environment()
+        return globals()["app"]  # type: ignore[no-any-return]
+    raise AttributeError(name)
+
+

@@ -1,0 +1,173 @@
+"""Reading and publishing as a command does it: to the end that is there now, with every delivery's result looked at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self, cast
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from streams.cli.errors import CliError, explain_kafka
+from streams.topics import DEAD_MAX_BYTES
+
+ANSWER_SECONDS = 5.0
+SILENCE_SECONDS = 20.0  # a broker that sends nothing for so long before the end of a topic is as good as away
+DELIVERY_SECONDS = 60.0
+FETCH_RECORDS = 5_000
+
+Progress = Callable[[int], None]
+# line or item, what went wrong
+Failure = tuple[int, str]
+
+
+def client(bootstrap: str, **more: str | float | bool) -> dict[str, str | int | float | bool]:
+    """Return the configuration that every client shares. librdkafka's own log is off: errors reach us as values."""
+    return {"bootstrap.servers": bootstrap, "client.id": "notify-cli", "log_level": 0, **more}
+
+
+def admin(bootstrap: str) -> AdminClient:
+    """Return an admin client. Connects when first used."""
+    return AdminClient(cast("dict[str, Any]", client(bootstrap)))
+
+
+def partition_counts(bootstrap: str) -> Mapping[str, int]:
+    """Return how many partitions each topic has. Raises KafkaException when no broker answers."""
+    metadata = admin(bootstrap).list_topics(timeout=ANSWER_SECONDS)
+    return {name: len(topic.partitions) for name, topic in metadata.topics.items() if topic.error is None}
+
+
+def partition_count(bootstrap: str, topic: str) -> int:
+    """Return how many partitions `topic` has. Raises CliError when it does not exist."""
+    count = partition_counts(bootstrap).get(topic)
+    if not count:
+        raise CliError(f"The topic {topic} does not exist. Run `notify topics ensure`, or check NOTIFY_ENV.")
+    return count
+
+
+class Reader:
+    """Reads partitions of a topic from `start` (default: the beginning), committed records only, and commits nothing."""
+
+    def __init__(self, bootstrap: str, topic: str, partitions: Mapping[int, int] | list[int]) -> None:
+        config = client(bootstrap, **{"enable.auto.commit": False, "enable.partition.eof": True, "isolation.level": "read_committed"})
+        self._consumer = Consumer({**config, "group.id": "notify-cli", "auto.offset.reset": "earliest", "fetch.wait.max.ms": 50})
+        self._topic = topic
+        starts = partitions if isinstance(partitions, Mapping) else dict.fromkeys(partitions, OFFSET_BEGINNING)
+        self._starts = starts
+        self._ended: set[int] = set()
+        self._consumer.assign([TopicPartition(topic, number, offset) for number, offset in starts.items()])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._consumer.close()
+
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """Return the first and the next offset of each partition."""
+        found: dict[int, tuple[int, int]] = {}
+        for number in self._starts:
+            offsets = self._consumer.get_watermark_offsets(TopicPartition(self._topic, number), timeout=ANSWER_SECONDS)
+            found[number] = cast("tuple[int, int]", offsets)
+        return found
+
+    def offsets_at(self, since_ms: int) -> dict[int, int]:
+        """Return each partition's first offset with a timestamp from `since_ms` on; its end when there is none."""
+        ends = self.sizes()
+        asked = [TopicPartition(self._topic, number, since_ms) for number in self._starts]
+        found = self._consumer.offsets_for_times(asked, timeout=ANSWER_SECONDS)
+        return {item.partition: item.offset if item.offset >= 0 else ends[item.partition][1] for item in found}
+
+    def to_end(self, progress: Progress | None = None) -> Iterator[Message]:
+        """Yield every record up to the end of each partition, by position. Raises CliError after a long silence."""
+        read = 0
+        silent_since = time.monotonic()
+        while len(self._ended) < len(self._starts):
+            records = self.more(0.5)
+            if records:
+                silent_since = time.monotonic()
+            elif time.monotonic() - silent_since > SILENCE_SECONDS and len(self._ended) < len(self._starts):
+                raise CliError(f"Kafka stopped sending {self._topic} before its end. Try again; `notify doctor` checks the cluster.")
+            yield from records
+            read += len(records)
+            if progress is not None:
+                progress(read)
+
+    def more(self, timeout_seconds: float) -> list[Message]:
+        """Return the next records, at most `timeout_seconds` later; none when none came."""
+        records: list[Message] = []
+        for message in self._consumer.consume(FETCH_RECORDS, timeout_seconds):
+            error = message.error()
+            if error is None:
+                records.append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                self._ended.add(_number(message.partition()))
+            elif not error.retriable() and error.code() not in {KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT}:
+                raise KafkaException(error)
+        return records
+
+
+class Publisher:
+    """Publishes records; `failures` holds those that Kafka did not take, by the number that they were given."""
+
+    def __init__(self, bootstrap: str) -> None:
+        config = client(
+            bootstrap,
+            **{
+                "acks": "all",
+                "enable.idempotence": True,
+                "partitioner": "murmur2_random",
+                "linger.ms": 5,
+                "compression.type": "lz4",
+                "delivery.timeout.ms": int(DELIVERY_SECONDS * 1000),
+                "message.max.bytes": DEAD_MAX_BYTES,  # the broker decides what is too large for a topic
+            },
+        )
+        self._producer = Producer(cast("dict[str, Any]", config))
+        self.delivered = 0
+        self.failures: list[Failure] = []
+        # (topic, partition) -> offset and timestamp in milliseconds of the last record there
+        self.last: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def publish(self, topic: str, key: str, value: bytes, *, number: int = 0) -> None:
+        """Hand a record over. Its result is known after `finish`."""
+
+        def on_delivery(error: KafkaError | None, message: Message) -> None:
+            if error is not None:
+                self.failures.append((number, explain_kafka(KafkaException(error))))
+                return
+            self.delivered += 1
+            place = (topic, _number(message.partition()))
+            offset = _number(message.offset())
+            if offset >= self.last.get(place, (-1, 0))[0]:
+                self.last[place] = (offset, message.timestamp()[1])
+
+        while True:
+            try:
+                self._producer.produce(topic, value, key.encode(), on_delivery=on_delivery)
+            except BufferError:
+                self._producer.poll(0.1)  # the buffer is full: let deliveries make room
+                continue
+            except KafkaException as error:
+                self.failures.append((number, explain_kafka(error)))
+            break
+        self._producer.poll(0)
+
+    def finish(self) -> None:
+        """Wait until the result of every record is known."""
+        # delivery.timeout.ms settles each of them, one way or the other
+        while self._producer.flush(1.0):
+            pass
+
+    def require_all(self) -> None:
+        """Wait for every result. Raises CliError when Kafka did not take everything."""
+        self.finish()
+        if self.failures:
+            total = self.delivered + len(self.failures)
+            raise CliError(f"Kafka took {self.delivered} of {total} records. {self.failures[0][1]}")
+
+
+def _number(value: int | None) -> int:
+    return -1 if value is None else value

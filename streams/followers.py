@@ -1,0 +1,107 @@
+"""The users' keys, as a worker that does not own their table sees them: the compacted topic, followed to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+
+from streams.transport.admin import offset_bounds
+from streams.transport.changelog import reading_config
+from streams.transport.cluster import Cluster
+
+log = logging.getLogger(__name__)
+_POLL_SECONDS = 0.1
+_CHUNK_RECORDS = 10_000
+CATCH_UP_SECONDS = 30.0
+
+
+class Follower:
+    """Follows partitions of a compacted topic in a thread. Rows are encoded, as they are in the topic."""
+
+    def __init__(self, cluster: Cluster, topic: str, *, group: str) -> None:
+        self._cluster = cluster
+        self._topic = topic
+        self._group = group
+        self._rows: dict[int, dict[bytes, bytes]] = {}
+        self._positions: dict[int, int] = {}
+        self._stopping = threading.Event()
+        self._moved: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def follow(self, partitions: set[int]) -> None:
+        """Follow exactly these partitions; return when each was read to the end that it has now."""
+        self._stopping.set()
+        self._stopping = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._moved = asyncio.Event()
+        self._rows = {partition: {} for partition in partitions}
+        self._positions = dict.fromkeys(partitions, -1)
+        if not partitions:
+            return
+        arguments = (self._rows, self._positions, self._stopping)
+        threading.Thread(target=self._run, args=arguments, name=f"follow {self._topic}", daemon=True).start()
+        await asyncio.gather(*(self.catch_up(partition) for partition in partitions))
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping.set()
+
+    def get(self, partition: int, key: bytes) -> bytes | None:
+        """Return the row as far as the topic was read."""
+        return self._rows.get(partition, {}).get(key)
+
+    async def catch_up(self, partition: int) -> None:
+        """Return when `partition` was read to the end that it has now. Raises TimeoutError after CATCH_UP_SECONDS."""
+        loop = asyncio.get_running_loop()
+        place = (self._topic, partition)
+        async with asyncio.timeout(CATCH_UP_SECONDS):
+            bounds = await loop.run_in_executor(None, offset_bounds, self._cluster, [place])
+            while self._positions.get(partition, -1) < bounds[place][1]:
+                if self._moved is None or partition not in self._positions:
+                    return
+                self._moved.clear()
+                await self._moved.wait()
+
+    async def look_up(self, partition: int, key: bytes) -> bytes | None:
+        """Return the row, having read to the end first when it is not there: what was written before is seen."""
+        found = self.get(partition, key)
+        if found is None:
+            await self.catch_up(partition)
+            found = self.get(partition, key)
+        return found
+
+    def _run(self, rows: dict[int, dict[bytes, bytes]], positions: dict[int, int], stopping: threading.Event) -> None:
+        consumer = Consumer(reading_config(self._cluster, self._group))
+        try:
+            consumer.assign([TopicPartition(self._topic, partition, OFFSET_BEGINNING) for partition in rows])
+            while not stopping.is_set():
+                first = consumer.poll(_POLL_SECONDS)
+                if first is None:
+                    continue
+                for message in [first, *consumer.consume(_CHUNK_RECORDS, 0)]:
+                    error = message.error()
+                    partition = message.partition()
+                    if error is None:
+                        key, value = message.key(), message.value()
+                        if value is None:
+                            rows[partition].pop(key, None)
+                        else:
+                            rows[partition][key] = value
+                        positions[partition] = message.offset() + 1
+                    elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's public name for it
+                        positions[partition] = message.offset()
+                self._notify()
+        except KafkaException as error:
+            log.exception("follower.failed topic=%s error=%s", self._topic, error)
+        finally:
+            consumer.close()
+
+    def _notify(self) -> None:
+        loop, moved = self._loop, self._moved
+        if loop is not None and moved is not None and not loop.is_closed():
+            wake: Callable[[], None] = moved.set
+            loop.call_soon_threadsafe(wake)

@@ -1,0 +1,110 @@
+"""Whether a worker lives and is ready, and how far behind it is, measured against the broker's real end offsets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from confluent_kafka import KafkaException
+
+from streams.runner import Runner
+from streams.sending import SendingShard
+from streams.transport.admin import offset_bounds
+from streams.views.pages import Health
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_SECONDS = 2.0
+# an input with lag whose watermark has not moved for so long is stuck
+STUCK_SECONDS = 60.0
+
+
+class HealthWatch:
+    """Looks at lag and progress every LOOK_EVERY_SECONDS. `health` answers from the last look."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._lag: dict[tuple[str, int], int] = {}
+        self._moved: dict[tuple[str, int], tuple[int, float]] = {}
+
+    async def watch(self) -> None:
+        """Look until cancelled."""
+        while True:
+            try:
+                await self.look()
+            except KafkaException as error:
+                log.warning("lag.unknown error=%s", error.args[0])
+            await asyncio.sleep(LOOK_EVERY_SECONDS)
+
+    async def look(self) -> None:
+        """Measure lag once and set the gauges."""
+        runner = self._runner
+        tools = runner.tools
+        lanes = {
+            (tools.names.physical[lane.topic], shard.partition): lane
+            for shard in list(runner.shards.values())
+            for lane in shard.lanes.values()
+        }
+        bounds = await tools.in_thread(offset_bounds, tools.cluster, list(lanes))
+        now = time.monotonic()
+        tools.metrics.lag.clear()
+        lag: dict[tuple[str, int], int] = {}
+        for place, lane in lanes.items():
+            low, high = bounds[place]
+            position = lane.position if lane.position is not None else low
+            lag[place] = max(0, high - position)
+            tools.metrics.lag.labels(lane.topic, place[1]).set(lag[place])
+            before = self._moved.get(place)
+            if before is None or before[0] != position or not lag[place]:
+                self._moved[place] = (position, now)
+        self._lag = lag
+        self._moved = {place: moved for place, moved in self._moved.items() if place in lanes}
+        shards = list(runner.shards.values())
+        if shards:
+            tools.metrics.commit_age.set(now - max(shard.committed_at for shard in shards))
+        self._look_at_waiting()
+
+    def _look_at_waiting(self) -> None:
+        waiting: dict[str, int] = {}
+        held: dict[str, int] = {}
+        for shard in self._runner.shards.values():
+            if isinstance(shard, SendingShard):
+                for channel, (count, is_held) in shard.waiting().items():
+                    waiting[channel] = waiting.get(channel, 0) + count
+                    held[channel] = held.get(channel, 0) + is_held
+        metrics = self._runner.tools.metrics
+        for channel, count in waiting.items():
+            metrics.waiting.labels(channel).set(count)
+            metrics.paused.labels(channel).set(held[channel])
+
+    def health(self) -> Health:
+        """Return whether the worker lives and is ready, and why not."""
+        runner = self._runner
+        now = time.monotonic()
+        held = {
+            channel
+            for shard in runner.shards.values()
+            if isinstance(shard, SendingShard)
+            for channel, (_, is_held) in shard.waiting().items()
+            if is_held
+        }
+        stuck = [
+            f"{topic}-{partition}"
+            for (topic, partition), (_, since) in self._moved.items()
+            if self._lag.get((topic, partition)) and now - since > STUCK_SECONDS and not held
+        ]
+        is_assigned = bool(runner.shards)
+        return Health(
+            is_live=not stuck,
+            is_ready=is_assigned and runner.is_recovered and not stuck and not runner.expired_inputs,
+            details={
+                "role": runner.tools.role,
+                "assigned": sorted({shard.partition for shard in runner.shards.values()}),
+                "recovered": runner.is_recovered,
+                "lag": sum(self._lag.values()),
+                "stuck": stuck,
+                "held": sorted(held),
+                "positionsExpired": sorted(runner.expired_inputs),
+            },
+        )

@@ -1,0 +1,56 @@
+"""Every metric of a worker, in a registry of its own. Bumped per batch; label values come from closed sets."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_LATENCY_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+_BATCH_RECORDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+class Metrics:
+    """The metrics of one app; `docs/metrics.md` lists them and a test compares."""
+
+    def __init__(self, role: str) -> None:
+        registry = self.registry = CollectorRegistry()
+        self._role = role
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"notify_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"notify_{name}", text, labels, registry=registry)
+
+        self.records = counter("records_total", "Records handled, by input topic.", "topic")
+        self.events = counter("events_total", "Events that became requests, by outcome.", "outcome")
+        self.decisions = counter("decisions_total", "Decisions, by outcome.", "outcome")
+        self.deliveries = counter(
+            "deliveries_total", "Delivery attempts that ended, by how.", "channel", "lane", "provider", "outcome"
+        )
+        self.attempts_open = gauge("attempts_open", "Calls to a provider that are running.", "provider")
+        self.delivery_seconds = Histogram(
+            "notify_delivery_seconds",
+            "From the event's Kafka timestamp to the provider's acceptance.",
+            ("lane", "channel"),
+            registry=registry,
+            buckets=_LATENCY_SECONDS,
+        )
+        self.batch_records = Histogram(
+            "notify_batch_records", "Records in one transaction.", registry=registry, buckets=_BATCH_RECORDS
+        )
+        self.commit_seconds = Histogram(
+            "notify_commit_seconds", "How long a transaction's commit took.", registry=registry, buckets=_LATENCY_SECONDS
+        )
+        self.lag = gauge("lag_records", "End offset of the broker less the watermark.", "topic", "partition")
+        self.commit_age = gauge("commit_age_seconds", "Since the last committed transaction of any owned partition.")
+        self.recovery_rows = counter("recovery_rows_total", "Rows replayed from changelogs.")
+        self.recovering = gauge("recovering", "1 while tables are being recovered.")
+        self.dead_letters = counter("dead_letters_total", "Records set aside, by topic and error.", "topic", "error")
+        self.parked = counter("parked_total", "Records set aside until the schema registry answers.")
+        self.replayed = counter("replayed_records_total", "Records skipped because the watermark covers them.", "topic")
+        self.suppressed = counter("suppressed_total", "Sends left out because the ledger knows the delivery.", "channel")
+        self.expired_positions = counter(
+            "expired_positions_total", "Records that fell out of retention before they were read.", "topic"
+        )
+        self.waiting = gauge("waiting_deliveries", "Deliveries that wait to be tried again.", "channel")
+        self.paused = gauge("paused_partitions", "Partitions that wait because their provider does not answer.", "channel")

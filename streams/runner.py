@@ -1,0 +1,650 @@
+"""Makes decisions real: a batch in, one transaction of outputs, rows and watermark out.
+
+A shard is a step's share of one partition number: its tables, its watermarks and the transactional producer that
+whoever owned it before can no longer use. Records are decoded and decided one by one; a record that cannot be becomes a
+dead letter among the outputs and its neighbours go on. What the infrastructure refuses for good ends the process
+(`cluster.leave`): everything promised is in Kafka, and a supervisor starts it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol, TypeVar
+
+from confluent_kafka import Message
+from faust.types import TP
+
+from agents.ports import Effects, Output, Source
+from schemas import topics
+from schemas.errors import NotifyError, RegistryUnavailableError, RetryableError, TooLargeError
+from streams.metrics import Metrics
+from streams.topics import DEAD_MAX_BYTES, INBOUND_MAX_BYTES, TopicSpec
+from streams.topology import Step
+from streams.transport.admin import offset_bounds
+from streams.transport.changelog import read_to_end
+from streams.transport.cluster import Cluster, leave
+from streams.transport.reader import Batch, Reader
+from streams.transport.writer import RECORD_OVERHEAD_BYTES, AbortedError, FencedError, Headers, Writer
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+TURN_SECONDS = 0.010  # the longest stretch of work on the event loop, and so of one transaction
+_LOOK_AT_CLOCK_EVERY = 16
+DRAIN_SECONDS = 20.0
+_RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+_MISSING: Any = object()
+PROGRESS = "progress"
+
+Decide = Callable[[Any, Source, Mapping[str, Mapping[bytes, bytes]]], Effects]
+Decode = Callable[[Message], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Input:
+    """What a step does with the records of one topic. `learn` makes schemas known before records are decoded."""
+
+    decode: Decode
+    decide: Decide
+    learn: Callable[[Sequence[Message]], Awaitable[None]] | None = None
+    # what becomes of a record whose schema the registry could not be asked for; None: the shard waits and tries again
+    park: Callable[[Message, Source], Effects] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """Topics as agents know them, and as the cluster does."""
+
+    physical: Mapping[str, str]
+    logical: Mapping[str, str]
+    specs: Mapping[str, TopicSpec]
+    partitions: Mapping[str, int]  # by logical name
+    ids: Mapping[str, str]  # topic id by logical name: a recreated topic has another
+
+    def max_bytes(self, logical: str) -> int:
+        """Return the largest record that `logical` takes, in bytes."""
+        return self.specs[logical].max_message_bytes
+
+
+class Turns:
+    """Whose turn it is to work on the event loop: one at a time, the most urgent lane first."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._order = itertools.count()
+        self._is_granting = False
+
+    async def take(self, urgency: int) -> None:
+        """Return when it is the caller's turn; the turn lasts until the caller awaits something. 0 is most urgent."""
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        heapq.heappush(self._waiting, (urgency, next(self._order), turn))
+        if not self._is_granting:
+            self._is_granting = True
+            loop.call_soon(self._grant)
+        await turn
+
+    def _grant(self) -> None:
+        while self._waiting:
+            _, _, turn = heapq.heappop(self._waiting)
+            if not turn.done():
+                turn.set_result(None)
+                # runs after the task that this wakes, so that turns never overlap
+                asyncio.get_running_loop().call_soon(self._grant)
+                return
+        self._is_granting = False
+
+
+class Encoder(Protocol):
+    """What the runner needs of the codec."""
+
+    def encode(self, message: Any) -> bytes:
+        """Return a message in the wire format."""
+
+
+@dataclass(slots=True)
+class Tools:
+    """What the shards of a worker share."""
+
+    cluster: Cluster
+    names: Names
+    encoder: Encoder
+    metrics: Metrics
+    role: str
+    pool: ThreadPoolExecutor
+    turns: Turns
+    fault: Callable[[str], None] = lambda _step: None  # tests stop a worker between any two steps
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a blocking call in the pool."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+
+
+def source_of(message: Message, logical: str) -> Source:
+    """Return where and when `message` was read."""
+    return Source(
+        topic=logical,
+        partition=message.partition(),
+        offset=message.offset(),
+        at=datetime.fromtimestamp(message.timestamp()[1] / 1000, UTC),
+        key=message.key(),
+        headers=message.headers() or (),
+    )
+
+
+def dead_letter_headers(message: Message, logical: str, error: BaseException, role: str) -> Headers:
+    """Return what a dead letter says about itself. Only our own errors speak: others may quote a payload."""
+    is_ours = isinstance(error, NotifyError)
+    generation = next((value for name, value in message.headers() or () if name == "generation"), b"0")
+    return [
+        ("error", (error.reason if isinstance(error, NotifyError) else "internal").encode()),
+        ("message", (str(error) if is_ours else type(error).__name__).encode()[:1000]),
+        ("topic", logical.encode()),
+        ("partition", str(message.partition()).encode()),
+        ("offset", str(message.offset()).encode()),
+        ("timestamp", str(message.timestamp()[1]).encode()),
+        ("role", role.encode()),
+        ("generation", generation),
+        ("at", datetime.now(UTC).isoformat(timespec="milliseconds").encode()),
+    ]
+
+
+@dataclass(slots=True)
+class Lane:
+    """One input of a shard: its queue, and how far it is."""
+
+    topic: str  # logical
+    urgency: int
+    handles: Input
+    reader: Reader
+    queue: deque[Batch] = field(default_factory=deque)
+    watermark: int | None = None  # next offset, as the last committed transaction says
+    end: int | None = None  # read to here by position: control records count
+
+    @property
+    def position(self) -> int | None:
+        """The next offset to read, as the group is told."""
+        if self.watermark is None or self.end is None:
+            return self.watermark if self.end is None else self.end
+        return max(self.watermark, self.end)
+
+
+class Shard:
+    """A step's share of one partition number. Subclasses say what becomes of a batch."""
+
+    def __init__(self, tools: Tools, step: Step, partition: int, lanes: list[Lane]) -> None:
+        self.tools = tools
+        self.step = step
+        self.partition = partition
+        self.lanes = {lane.topic: lane for lane in lanes}
+        # ordered by time of insertion, cheaply popped at the front: decisions prune the oldest rows
+        self.tables: dict[str, dict[bytes, bytes]] = {table: OrderedDict() if table in step.aged else {} for table in step.changelogs()}
+        self.changelogs = {table: tools.names.physical[topic] for table, topic in step.changelogs().items()}
+        self.writer = Writer(
+            tools.cluster,
+            transactional_id=f"notify-{tools.names.physical[step.changelogs()[PROGRESS]]}-{partition}",
+            max_message_bytes=DEAD_MAX_BYTES,
+        )
+        self.wake = asyncio.Event()
+        self.is_draining = False
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.committed_at = time.monotonic()
+        self._task: asyncio.Task[None] | None = None
+        self._undo: list[tuple[dict[bytes, bytes], bytes, Any]] = []
+
+    # ---- owning
+
+    def recover(self) -> None:
+        """Fence earlier owners, then read the changelogs to their end. Blocks; raises FencedError, ChangelogError."""
+        self.writer.acquire()
+        self.tools.fault("fenced")
+        rows = {(self.changelogs[table], self.partition): self.tables[table] for table in self.tables}
+        group = f"notify.recovery.{self.tools.role}"
+        read_to_end(self.tools.cluster, group=group, tables=rows, progress=self.tools.metrics.recovery_rows.inc)
+        for lane in self.lanes.values():
+            stored = self.tables[PROGRESS].get(self._watermark_key(lane.topic))
+            lane.watermark = None if stored is None else int(stored)
+
+    def start(self) -> None:
+        """Begin to work on what is offered."""
+        self.is_draining = False
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._work(), name=f"{self.step.name}-{self.partition}")
+
+    def offer(self, batch: Batch) -> None:
+        """Queue a batch."""
+        lane = self.lanes[self.tools.names.logical[batch.topic]]
+        if batch.records:
+            lane.queue.append(batch)
+            self.wake.set()
+        elif not lane.queue and self.idle.is_set():
+            lane.end = batch.end_offset
+
+    async def drain(self) -> None:
+        """Forget what is queued and wait until what runs is done, at most DRAIN_SECONDS."""
+        self.is_draining = True
+        for lane in self.lanes.values():
+            lane.queue.clear()
+            lane.end = None
+        self.wake.set()
+        try:
+            await asyncio.wait_for(self.idle.wait(), DRAIN_SECONDS)
+        except TimeoutError:
+            log.warning("shard.abandoned step=%s partition=%d", self.step.name, self.partition)
+
+    def give_up(self) -> None:
+        """Lose the partition. A transaction that still runs is the next owner's to fence."""
+        if self._task is not None:
+            self._task.cancel()
+        self.writer.discard()
+
+    def has_work(self) -> bool:
+        """Say whether something waits or runs."""
+        return not self.idle.is_set() or any(lane.queue for lane in self.lanes.values())
+
+    async def _work(self) -> None:
+        try:
+            await self.run()
+        except asyncio.CancelledError:
+            raise
+        except FencedError as error:
+            leave(f"another worker owns {self.step.name}-{self.partition}: {error}")
+        except Exception as error:  # noqa: BLE001 - a shard that stopped would be a partition that silently waits
+            log.exception("shard.failed step=%s partition=%d", self.step.name, self.partition)
+            leave(f"{self.step.name}-{self.partition} failed: {type(error).__name__}")
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        raise NotImplementedError
+
+    # ---- one transaction
+
+    def put(self, table: str, key: bytes, value: bytes | None) -> None:
+        """Change a row in memory and in the open transaction, remembering how to undo it."""
+        rows = self.tables[table]
+        self._undo.append((rows, key, rows.get(key, _MISSING)))
+        if value is None:
+            rows.pop(key, None)
+        else:
+            rows[key] = value
+        self.writer.produce(self.changelogs[table], value, key, self.partition)
+
+    def publish(self, output: Output, encoded: bytes) -> None:
+        """Add an output to the open transaction."""
+        self.writer.produce(self.tools.names.physical[output.topic], encoded, output.key, self._partition_of(output))
+
+    def _partition_of(self, output: Output) -> int:
+        if output.partition is not None:
+            return output.partition
+        return -1 if self.tools.names.specs[self.step.reads[0]].count != self.tools.names.specs[output.topic].count else self.partition
+
+    def put_watermark(self, topic: str, offset: int) -> None:
+        """Add the watermark of an input to the open transaction."""
+        self.put(PROGRESS, self._watermark_key(topic), b"%d" % offset)
+
+    async def commit(self, records: int) -> None:
+        """Commit the open transaction. Raises AbortedError, with everything undone in memory, or FencedError."""
+        began = time.monotonic()
+        self.tools.fault("before commit")
+        try:
+            await self.tools.in_thread(self.writer.commit)
+        except AbortedError:
+            self.undo()
+            raise
+        self.tools.fault("after commit")
+        self._undo.clear()
+        self.committed_at = time.monotonic()
+        self.tools.metrics.commit_seconds.observe(self.committed_at - began)
+        self.tools.metrics.batch_records.observe(records)
+
+    def undo(self) -> None:
+        """Put every row that the open transaction changed back as it was."""
+        for rows, key, before in reversed(self._undo):
+            if before is _MISSING:
+                rows.pop(key, None)
+            else:
+                rows[key] = before
+        self._undo.clear()
+
+    def _watermark_key(self, topic: str) -> bytes:
+        return f"{self.tools.names.ids[topic]} {topic}".encode()
+
+    def encode(self, output: Output) -> bytes:
+        """Return an output's bytes. Raises TooLargeError."""
+        value = output.value if isinstance(output.value, bytes) else self.tools.encoder.encode(output.value)
+        limit = self.tools.names.max_bytes(output.topic)
+        if len(value) + len(output.key) + RECORD_OVERHEAD_BYTES > limit:
+            raise TooLargeError(f"{len(value)} bytes for {output.topic}, which takes {limit}")
+        return value
+
+    def dead_letter(self, message: Message, topic: str, error: BaseException) -> None:
+        """Add a record's raw bytes to `dead` in the open transaction."""
+        if not isinstance(error, NotifyError):
+            log.error("decision.failed topic=%s offset=%d", topic, message.offset(), exc_info=error)
+        headers = dead_letter_headers(message, topic, error, self.tools.role)
+        partition = self.partition % self.tools.names.partitions[topics.DEAD]
+        self.writer.produce(self.tools.names.physical[topics.DEAD], message.value(), message.key(), partition, headers)
+        self.tools.metrics.dead_letters.labels(topic, dict(headers)["error"].decode()).inc()
+
+
+class DecidingShard(Shard):
+    """Turns batches into transactions of decisions."""
+
+    async def run(self) -> None:
+        """Take the most urgent batch, decide as much of it as a turn allows, commit, again."""
+        while True:
+            lane = next((lane for lane in self.lanes.values() if lane.queue), None)
+            if lane is None or self.is_draining:
+                self.idle.set()
+                self.wake.clear()
+                await self.wake.wait()
+                continue
+            self.idle.clear()
+            await self._advance(lane)
+
+    async def _advance(self, lane: Lane) -> None:
+        batch = lane.queue[0]
+        handles = lane.handles
+        if handles.learn is not None:
+            await handles.learn(batch.records[batch.start :])
+        limit = len(batch.records)
+        tries = 0
+        while True:
+            await self.tools.turns.take(lane.urgency)
+            if not lane.queue or lane.queue[0] is not batch:
+                return  # drained meanwhile
+            self.writer.begin()
+            try:
+                stop, wait = self._decide(lane, batch, limit)
+                self.tools.fault("decided")
+                await self.commit(stop - batch.start)
+            except AbortedError as error:
+                self.undo()
+                size = limit - batch.start
+                if error.too_large and size > 1:
+                    limit = batch.start + size // 2  # halve until the offender stands alone
+                elif error.too_large:
+                    await self._set_aside(lane, batch, TooLargeError("the broker refused it, or what it became, for its size"))
+                    return
+                else:
+                    log.warning("transaction.aborted step=%s partition=%d error=%s", self.step.name, self.partition, error)
+                    await asyncio.sleep(_RETRY_SECONDS[min(tries, len(_RETRY_SECONDS) - 1)])
+                tries += 1
+                continue
+            self._done(lane, batch, stop)
+            if wait:
+                await self._wait(tries)
+                tries += 1
+                if self.is_draining:
+                    return
+                if handles.learn is not None:
+                    await handles.learn(batch.records[batch.start :])
+                if lane.queue and lane.queue[0] is batch and batch.start < len(batch.records):
+                    continue
+            return
+
+    async def _wait(self, tries: int) -> None:
+        # an input that waits keeps its own shard only; draining ends the wait
+        try:
+            self.wake.clear()
+            await asyncio.wait_for(self.wake.wait(), _RETRY_SECONDS[min(tries, len(_RETRY_SECONDS) - 1)])
+        except TimeoutError:
+            return
+
+    def _decide(self, lane: Lane, batch: Batch, limit: int) -> tuple[int, bool]:
+        """Decide records until the turn is over; return where it stopped, and whether the next record has to wait."""
+        began = time.perf_counter()
+        topic, decode, decide = lane.topic, lane.handles.decode, lane.handles.decide
+        records = batch.records
+        outcomes: dict[str, int] = {}
+        replayed = 0
+        wait = False
+        index = batch.start
+        while index < limit:
+            message = records[index]
+            offset = message.offset()
+            if lane.watermark is not None and offset < lane.watermark:
+                replayed += 1
+                index += 1
+                continue
+            source = source_of(message, topic)
+            try:
+                effects = decide(decode(message), source, self.tables)
+                encoded = [self.encode(output) for output in effects.outputs]
+            except RetryableError as error:
+                if not isinstance(error, RegistryUnavailableError) or lane.handles.park is None:
+                    wait = True
+                    break
+                effects = lane.handles.park(message, source)
+                for output in effects.outputs:
+                    self._publish_parked(output, message, topic)
+                self.tools.metrics.parked.inc()
+            except (FencedError, AbortedError):
+                raise
+            except Exception as error:  # noqa: BLE001 - a record that cannot be decided is set aside, whatever the reason
+                self.dead_letter(message, topic, error)
+            else:
+                for row in effects.rows:
+                    self.put(row.table, row.key, row.value)
+                for output, value in zip(effects.outputs, encoded, strict=True):
+                    self.publish(output, value)
+                for outcome in effects.counts:
+                    outcomes[outcome] = outcomes.get(outcome, 0) + 1
+            index += 1
+            if index % _LOOK_AT_CLOCK_EVERY == 0 and time.perf_counter() - began > TURN_SECONDS:
+                break
+        if index > batch.start:
+            self.put_watermark(topic, records[index - 1].offset() + 1)
+        self._count(topic, index - batch.start - replayed, replayed, outcomes)
+        return index, wait
+
+    def _publish_parked(self, output: Output, message: Message, topic: str) -> None:
+        headers: list[tuple[str, bytes]] = [
+            ("topic", topic.encode()),
+            ("partition", str(message.partition()).encode()),
+            ("offset", str(message.offset()).encode()),
+            ("timestamp", str(message.timestamp()[1]).encode()),
+        ]
+        assert isinstance(output.value, bytes)
+        self.writer.produce(self.tools.names.physical[output.topic], output.value, output.key or None, self.partition, headers)
+
+    def _count(self, topic: str, handled: int, replayed: int, outcomes: Mapping[str, int]) -> None:
+        metrics = self.tools.metrics
+        metrics.records.labels(topic).inc(handled)
+        if replayed:
+            metrics.replayed.labels(topic).inc(replayed)
+        for outcome, count in outcomes.items():
+            kind, _, name = outcome.partition(":")
+            (metrics.decisions if kind == "decision" else metrics.events).labels(name or kind).inc(count)
+
+    def _done(self, lane: Lane, batch: Batch, stop: int) -> None:
+        if stop > batch.start:
+            lane.watermark = max(lane.watermark or 0, batch.records[stop - 1].offset() + 1)
+            lane.reader.finished(self.partition, stop - batch.start)
+            batch.start = stop
+        if batch.start >= len(batch.records) and lane.queue and lane.queue[0] is batch:
+            lane.queue.popleft()
+            if batch.end_offset is not None and not lane.queue:
+                lane.end = batch.end_offset
+
+    async def _set_aside(self, lane: Lane, batch: Batch, error: NotifyError) -> None:
+        """Dead-letter the one record that the broker refuses."""
+        message = batch.records[batch.start]
+        self.writer.begin()
+        self.dead_letter(message, lane.topic, error)
+        self.put_watermark(lane.topic, message.offset() + 1)
+        await self.commit(1)
+        self._done(lane, batch, batch.start + 1)
+
+
+MakeShard = Callable[[Tools, Step, int, list[Lane]], Shard]
+
+
+class Runner:
+    """All shards of a worker: what Faust's transport calls `Owner`."""
+
+    def __init__(
+        self, tools: Tools, *, group: str, steps: Mapping[Step, Mapping[str, Input]], make_shard: Mapping[str, MakeShard]
+    ) -> None:
+        self.tools = tools
+        self._group = group
+        self._steps = steps
+        self._make_shard = make_shard
+        self._epoch = 0
+        self._batches: asyncio.Queue[Batch] = asyncio.Queue()
+        self._acquiring: asyncio.Task[None] | None = None
+        self.shards: dict[tuple[str, int], Shard] = {}
+        self.is_recovered = False
+        self.expired_inputs: set[str] = set()
+        self.committed: Callable[[set[TP]], Awaitable[Mapping[TP, int | None]]] | None = None
+        self.on_assigned: list[Callable[[set[int]], Awaitable[None]]] = []
+        self.on_acquired: list[Callable[[Runner], None]] = []
+        loop = asyncio.get_event_loop()
+
+        def deliver(batches: list[Batch]) -> None:
+            loop.call_soon_threadsafe(self._arrived, batches)
+
+        self._readers = {
+            topic: Reader(tools.cluster, group=group, topic=tools.names.physical[topic], deliver=deliver)
+            for inputs in steps.values()
+            for topic in inputs
+        }
+        self._step_of = {topic: step for step, inputs in steps.items() for topic in inputs}
+
+    # ---- Owner
+
+    async def acquire(self, assigned: set[TP]) -> None:
+        """Own the assigned partitions: keep shards that stay, fence and recover new ones, give up the others."""
+        if self._acquiring is not None and not self._acquiring.done():
+            # an interrupted acquisition would fence its own successor later
+            await asyncio.wait([self._acquiring])
+        self._acquiring = asyncio.create_task(self._acquire(assigned))
+        await asyncio.shield(self._acquiring)
+
+    async def _acquire(self, assigned: set[TP]) -> None:
+        self.is_recovered = False
+        self.tools.metrics.recovering.set(1)
+        wanted = self._wanted(assigned)
+        for place in [place for place in self.shards if place not in wanted]:
+            self.shards.pop(place).give_up()
+        new = [self._build(step, partition) for place, (step, partition) in wanted.items() if place not in self.shards]
+        began = time.monotonic()
+        await asyncio.gather(
+            *(self.tools.in_thread(shard.recover) for shard in new),
+            *(listener({partition for _, partition in wanted.values()}) for listener in self.on_assigned),
+        )
+        for shard in new:
+            self.shards[(shard.step.name, shard.partition)] = shard
+        for told in self.on_acquired:
+            told(self)
+        self.tools.metrics.recovering.set(0)
+        log.info("shards.acquired new=%d kept=%d seconds=%.2f", len(new), len(wanted) - len(new), time.monotonic() - began)
+
+    def _wanted(self, assigned: set[TP]) -> dict[tuple[str, int], tuple[Step, int]]:
+        wanted: dict[tuple[str, int], tuple[Step, int]] = {}
+        for step in self._steps:
+            owned = [
+                {tp.partition for tp in assigned if tp.topic == self.tools.names.physical[topic]}
+                for topic in (*step.reads, *step.changelogs().values())
+            ]
+            for partition in set.intersection(*owned):
+                wanted[(step.name, partition)] = (step, partition)
+            if set.union(*owned) != set.intersection(*owned):
+                leave(f"the partitions of {step.name} were not assigned together: {owned}")
+        return wanted
+
+    def _build(self, step: Step, partition: int) -> Shard:
+        lanes = [
+            Lane(topic=topic, urgency=urgency, handles=self._steps[step][topic], reader=self._readers[topic])
+            for urgency, topic in enumerate(step.reads)
+        ]
+        return self._make_shard.get(step.name, DecidingShard)(self.tools, step, partition, lanes)
+
+    async def start_reading(self) -> None:
+        """Read every owned input from its watermark on; without one, from what the group committed, else the beginning."""
+        self._epoch += 1
+        self._batches = asyncio.Queue()
+        wanted = {
+            TP(self.tools.names.physical[topic], shard.partition): lane
+            for shard in self.shards.values()
+            for topic, lane in shard.lanes.items()
+        }
+        committed = await self.committed(set(wanted)) if self.committed else {}
+        places = [(tp.topic, tp.partition) for tp in wanted]
+        bounds = await self.tools.in_thread(offset_bounds, self.tools.cluster, places)
+        positions: dict[str, dict[int, int]] = {}
+        for tp, lane in wanted.items():
+            low, high = bounds[(tp.topic, tp.partition)]
+            hint = committed.get(tp)
+            start = lane.watermark if lane.watermark is not None else hint if hint is not None else low
+            if start > high:
+                leave(f"{tp.topic} partition {tp.partition} ends at {high}, below the watermark {start}: was the topic truncated?")
+            if lane.watermark is not None and hint is not None and hint < lane.watermark:
+                self.tools.metrics.replayed.labels(lane.topic).inc(lane.watermark - max(hint, low))
+            if start < low:
+                self.expired_inputs.add(lane.topic)
+                self.tools.metrics.expired_positions.labels(lane.topic).inc(low - start)
+                log.error("position.expired topic=%s partition=%d position=%d low=%d", tp.topic, tp.partition, start, low)
+            positions.setdefault(lane.topic, {})[tp.partition] = max(start, low)
+        for shard in self.shards.values():
+            shard.start()
+        for topic, by_partition in positions.items():
+            self._readers[topic].start(by_partition, epoch=self._epoch)
+        self.is_recovered = True
+
+    async def drain(self) -> None:
+        """Stop reading and let every shard come to rest."""
+        self._epoch += 1
+        self.is_recovered = False
+        for reader in self._readers.values():
+            reader.stop()
+        await asyncio.gather(*(shard.drain() for shard in self.shards.values()))
+
+    async def next_batch(self) -> Batch:
+        """Return the next batch read for the current assignment."""
+        while True:
+            batch = await self._batches.get()
+            if batch.epoch == self._epoch:
+                return batch
+
+    def committable(self) -> Mapping[TP, int]:
+        """Return the position of every input."""
+        return {
+            TP(self.tools.names.physical[lane.topic], shard.partition): lane.position
+            for shard in self.shards.values()
+            for lane in shard.lanes.values()
+            if lane.position is not None
+        }
+
+    # ---- batches
+
+    def _arrived(self, batches: list[Batch]) -> None:
+        for batch in batches:
+            if batch.epoch == self._epoch:
+                self._batches.put_nowait(batch)
+
+    def accept(self, batch: Batch) -> None:
+        """Give a batch to its shard. Called by the Faust agents."""
+        step = self._step_of[self.tools.names.logical[batch.topic]]
+        shard = self.shards.get((step.name, batch.partition))
+        if shard is not None and batch.epoch == self._epoch and not shard.is_draining:
+            shard.offer(batch)
+
+    def rows(self, table: str, partition: int) -> Mapping[bytes, bytes] | None:
+        """Return the rows of a table's partition; None when it is not owned here, or not yet recovered."""
+        if not self.is_recovered:
+            return None
+        for (_, owned), shard in self.shards.items():
+            if owned == partition and table in shard.tables:
+                return shard.tables[table]
+        return None

@@ -1,0 +1,95 @@
+"""Every topic → agent → topic on one screen. No other module binds an agent to a topic.
+
+The picture in the README is generated from this table (`make docs`). Every step may also write `dead`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from schemas import topics
+from schemas.topics import Channel, Lane
+from streams.roles import Role, sender_of
+from streams.topics import Count, TopicSpec, specs
+
+REQUESTS = tuple(topics.requests(lane) for lane in Lane)
+DELIVER = tuple(topics.deliver(channel, lane) for lane in Lane for channel in Channel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """An agent, what it reads (most urgent first), its tables and what it writes.
+
+    A step's inputs and tables have one partition count: shard n of it owns partition n of each. `tables` maps a table
+    to its changelog; None: `{role}.{step}.{table}`. The table `progress` holds the watermarks and is every step's.
+    """
+
+    name: str
+    role: Role
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    tables: tuple[tuple[str, str | None], ...] = ()
+    count: Count = Count.USER
+    aged: tuple[str, ...] = ()  # tables that forget their oldest rows
+    calls_providers: bool = False
+
+    def changelogs(self) -> dict[str, str]:
+        """Return table → changelog topic, as agents know topics."""
+        own = f"{self.role}.{self.name}."
+        return {"progress": f"{own}progress", **{table: log or f"{own}{table}" for table, log in self.tables}}
+
+
+def _sender(lane: Lane) -> Step:
+    return Step(
+        name="send",
+        role=sender_of(lane),
+        reads=tuple(topics.deliver(channel, lane) for channel in Channel),
+        tables=(("attempts", None),),
+        aged=("attempts",),
+        writes=(topics.STATUS,),
+        calls_providers=True,
+    )
+
+
+TOPOLOGY: tuple[Step, ...] = (
+    Step(name="payments", role=Role.INGEST, reads=(topics.PAYMENTS,), writes=(*REQUESTS, topics.PARKED), count=Count.INBOUND),
+    Step(name="parked", role=Role.INGEST, reads=(topics.PARKED,), writes=REQUESTS, count=Count.INBOUND),
+    Step(
+        name="decide",
+        role=Role.ROUTER,
+        reads=(topics.COMMANDS, *REQUESTS),
+        tables=(("preferences", topics.PREFERENCES), ("keys", topics.KEYS), ("seen", None), ("subjects", None)),
+        aged=("seen", "subjects"),
+        writes=(*DELIVER, topics.DECISIONS, topics.STATUS, topics.COMMANDS, *REQUESTS),
+    ),
+    _sender(Lane.CRITICAL),
+    _sender(Lane.NORMAL),
+    _sender(Lane.BULK),
+    Step(name="engage", role=Role.SIGNALS, reads=(topics.SIGNALS,), writes=(topics.STATUS,)),
+    Step(
+        name="project",
+        role=Role.VIEWS,
+        reads=(topics.DECISIONS, topics.STATUS),
+        tables=(("notifications", None), ("inbox", None)),
+        writes=(),
+    ),
+)
+
+
+def steps_of(role: Role) -> tuple[Step, ...]:
+    """Return the steps that a worker of `role` runs."""
+    return tuple(step for step in TOPOLOGY if step.role is role)
+
+
+def all_topics() -> list[TopicSpec]:
+    """Return every topic of the system, changelogs included."""
+
+    def changelogs() -> Iterator[tuple[str, Count]]:
+        known = {spec.name for spec in specs()}
+        for step in TOPOLOGY:
+            for topic in step.changelogs().values():
+                if topic not in known:
+                    yield topic, step.count
+
+    return [*specs(), *(TopicSpec(name=name, count=count, retention_seconds=None) for name, count in changelogs())]

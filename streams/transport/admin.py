@@ -1,0 +1,67 @@
+"""What workers ask the cluster about topics. Blocking calls; the runner makes them in its pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from schemas.errors import SettingsError
+from streams.transport.cluster import Cluster
+
+_CALL_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopicFacts:
+    """What a topic is: a recreated one has another id."""
+
+    id: str
+    partitions: int
+
+
+def topic_facts(cluster: Cluster, names: Sequence[str]) -> dict[str, TopicFacts]:
+    """Return the id and partition count of each topic. Raises SettingsError naming every topic that is missing."""
+    admin = AdminClient(cluster.config())
+    futures = admin.describe_topics(TopicCollection(list(names)), request_timeout=_CALL_SECONDS)
+    found: dict[str, TopicFacts] = {}
+    problems: list[str] = []
+    for name, future in futures.items():
+        try:
+            description = future.result()
+        except KafkaException as error:
+            problems.append(f"topic {name}: {error.args[0].str()}; `notify topics ensure` makes what is missing")
+        else:
+            found[name] = TopicFacts(id=str(description.topic_id), partitions=len(description.partitions))
+    if problems:
+        raise SettingsError(problems)
+    return found
+
+
+def offset_bounds(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], tuple[int, int]]:
+    """Return (first offset, end offset of what is committed) for each (topic, partition). Raises KafkaException."""
+    if not places:
+        return {}
+    admin = AdminClient(cluster.config())
+    tps = [TopicPartition(topic, partition) for topic, partition in places]
+    level = IsolationLevel.READ_COMMITTED
+    first = admin.list_offsets(dict.fromkeys(tps, OffsetSpec.earliest()), isolation_level=level, request_timeout=_CALL_SECONDS)
+    last = admin.list_offsets(dict.fromkeys(tps, OffsetSpec.latest()), isolation_level=level, request_timeout=_CALL_SECONDS)
+    ends = {(tp.topic, tp.partition): future.result().offset for tp, future in last.items()}
+    return {
+        (tp.topic, tp.partition): (future.result().offset, ends[(tp.topic, tp.partition)]) for tp, future in first.items()
+    }
+
+
+def committed_offsets(cluster: Cluster, group: str, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """Return what `group` committed for each (topic, partition) that it committed anything for. Joins no group."""
+    if not places:
+        return {}
+    consumer = Consumer(cluster.config(group_id=group, enable_auto_commit=False))
+    try:
+        found = consumer.committed([TopicPartition(topic, partition) for topic, partition in places], timeout=_CALL_SECONDS)
+    finally:
+        consumer.close()
+    return {(tp.topic, tp.partition): tp.offset for tp in found if tp.offset >= 0}

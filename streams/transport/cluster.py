@@ -1,0 +1,62 @@
+"""What librdkafka is told about the cluster, in one place, and what happens when the cluster says no for good."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+log = logging.getLogger(__name__)
+
+# the exit code of a worker that left because it was fenced or could not go on; a supervisor starts it again
+LEFT_EXIT_CODE = 75
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """How to reach Kafka: bootstrap servers and whatever else every client is configured with."""
+
+    bootstrap: str
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def config(self, **more: object) -> dict[str, object]:
+        """Return the configuration of a client, with `more` on top (underscores stand for dots)."""
+        return {
+            "bootstrap.servers": self.bootstrap,
+            "log_level": 3,
+            "socket.keepalive.enable": True,
+            "reconnect.backoff.ms": 50,
+            "reconnect.backoff.max.ms": 1_000,
+            "logger": RateLimited(logging.getLogger("streams.librdkafka"), seconds=30.0),
+            **self.extra,
+            **{name.replace("_", "."): value for name, value in more.items()},
+        }
+
+
+class RateLimited(logging.LoggerAdapter[logging.Logger]):
+    """Passes each distinct message at most once in `seconds`: an absent broker is said once, not a hundred times a second."""
+
+    def __init__(self, logger: logging.Logger, *, seconds: float) -> None:
+        super().__init__(logger, {})
+        self._seconds = seconds
+        self._said: dict[str, float] = {}
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: object) -> None:
+        """Log unless the same was said a moment ago."""
+        said = str(args[0]) if args else str(msg)
+        now = time.monotonic()
+        if now - self._said.get(said, -self._seconds) >= self._seconds:
+            self._said = {said: now} | {k: t for k, t in self._said.items() if now - t < self._seconds}
+            super().log(level, msg, *args)
+
+
+def leave(reason: str) -> NoReturn:
+    """End the process at once. Whatever was promised is in Kafka; an orderly stop of a fenced worker only hangs."""
+    log.critical("worker.left reason=%r", reason)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(LEFT_EXIT_CODE)

@@ -1,0 +1,156 @@
+"""Reads the owned partitions of one topic in a thread of its own and hands them over in batches.
+
+One reader a topic, because a broker answers one fetch of a consumer at a time: a critical topic that shared its
+consumer with an idle or a paused one would wait for that one's long poll. Only committed records are delivered, and the
+end of a partition is told by position, not by record, since what follows the last record may be a commit marker.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from streams.transport.cluster import Cluster
+
+log = logging.getLogger(__name__)
+
+MAX_BATCH_RECORDS = 1_000
+# above so many unfinished records a partition is not fetched; below half of it, it is again
+MAX_OUTSTANDING_RECORDS = 4_000
+_POLL_SECONDS = 0.05
+_FETCH_WAIT_MS = 500
+_LEFTOVER_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Batch:
+    """Records of one partition in offset order. An empty one says that the partition was read to `end_offset`."""
+
+    topic: str
+    partition: int
+    epoch: int
+    records: Sequence[Message]
+    end_offset: int | None = None
+    start: int = 0  # records before it are done
+
+    def __len__(self) -> int:
+        return len(self.records) - self.start
+
+
+class Reader:
+    """Reads one topic. `start` and `stop` bracket an assignment; `deliver` is called in the reader's thread."""
+
+    def __init__(self, cluster: Cluster, *, group: str, topic: str, deliver: Callable[[list[Batch]], None]) -> None:
+        self.topic = topic
+        self._config = cluster.config(
+            group_id=group,
+            enable_auto_commit=False,
+            enable_auto_offset_store=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            enable_partition_eof=True,
+            fetch_wait_max_ms=_FETCH_WAIT_MS,
+            fetch_error_backoff_ms=50,
+            fetch_queue_backoff_ms=10,
+            queued_max_messages_kbytes=16_384,
+            fetch_message_max_bytes=2_097_152,
+        )
+        self._deliver = deliver
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._outstanding: dict[int, int] = {}
+
+    def start(self, positions: Mapping[int, int], *, epoch: int) -> None:
+        """Read the partitions in `positions`, each from its offset on, marking batches with `epoch`."""
+        if not positions:
+            return
+        self._stopping = threading.Event()
+        self._outstanding = dict.fromkeys(positions, 0)
+        arguments = (dict(positions), epoch, self._stopping)
+        self._thread = threading.Thread(target=self._run, args=arguments, name=f"read {self.topic}", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the thread to end. Batches that it still delivers carry an old epoch; it is not waited for."""
+        self._stopping.set()
+        self._thread = None
+
+    def finished(self, partition: int, records: int) -> None:
+        """Say that `records` of `partition` are done, so that fetching may go on."""
+        with self._lock:
+            if partition in self._outstanding:
+                self._outstanding[partition] -= records
+
+    def outstanding(self) -> int:
+        """Return how many delivered records are unfinished."""
+        with self._lock:
+            return sum(self._outstanding.values())
+
+    def _run(self, positions: dict[int, int], epoch: int, stopping: threading.Event) -> None:
+        consumer = Consumer(self._config)
+        try:
+            consumer.assign([TopicPartition(self.topic, partition, offset) for partition, offset in positions.items()])
+            paused: set[int] = set()
+            while not stopping.is_set():
+                self._balance(consumer, paused)
+                first = consumer.poll(_POLL_SECONDS)
+                if first is None:
+                    continue
+                messages = [first, *consumer.consume(MAX_BATCH_RECORDS - 1, 0)]
+                batches = self._sort(messages, epoch)
+                if batches and not stopping.is_set():
+                    with self._lock:
+                        for batch in batches:
+                            self._outstanding[batch.partition] += len(batch.records)
+                    self._deliver(batches)
+        except KafkaException as error:
+            if not stopping.is_set():
+                log.exception("reader.failed topic=%s error=%s", self.topic, error)
+        finally:
+            consumer.close()
+
+    def _balance(self, consumer: Consumer, paused: set[int]) -> None:
+        with self._lock:
+            outstanding = dict(self._outstanding)
+        full = {p for p, n in outstanding.items() if n >= MAX_OUTSTANDING_RECORDS and p not in paused}
+        free = {p for p in paused if outstanding[p] < MAX_OUTSTANDING_RECORDS // 2}
+        if full:
+            consumer.pause([TopicPartition(self.topic, p) for p in full])
+        if free:
+            consumer.resume([TopicPartition(self.topic, p) for p in free])
+        paused |= full
+        paused -= free
+
+    def _sort(self, messages: Sequence[Message], epoch: int) -> list[Batch]:
+        records: dict[int, list[Message]] = defaultdict(list)
+        ends: dict[int, int] = {}
+        for message in messages:
+            error = message.error()
+            partition = message.partition()
+            if error is None:
+                records[partition].append(message)
+                ends.pop(partition, None)
+            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's public name for it
+                ends[partition] = message.offset()
+            elif not error.retriable():
+                log.warning("reader.error topic=%s partition=%s error=%s", self.topic, partition, error)
+        return [
+            *(Batch(self.topic, partition, epoch, found, ends.pop(partition, None)) for partition, found in records.items()),
+            *(Batch(self.topic, partition, epoch, (), end) for partition, end in ends.items()),
+        ]
+
+
+def join_leftovers(readers: Sequence[Reader]) -> None:
+    """Wait, bounded, for threads of stopped readers to end: librdkafka must not be torn down under a running call."""
+    deadline = time.monotonic() + _LEFTOVER_SECONDS
+    names = {f"read {reader.topic}" for reader in readers}
+    for thread in threading.enumerate():
+        if thread.name in names:
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -1,0 +1,143 @@
+"""The transactional producer of one shard: outputs, changed rows and watermark of a batch become visible together.
+
+Whoever called `acquire` last owns the shard: the broker refuses every other writer with the same transactional id.
+All calls but `begin` and `produce` block; the runner makes them in a thread pool.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from confluent_kafka import KafkaError, KafkaException, Producer
+
+from streams.transport.cluster import Cluster
+
+TRANSACTION_TIMEOUT_MS = 15_000
+_CALL_SECONDS = 60.0
+# what one record adds to its key, value and headers on the wire, generously
+RECORD_OVERHEAD_BYTES = 128
+
+Headers = Sequence[tuple[str, bytes]]
+
+
+class FencedError(Exception):
+    """Another worker owns the shard, or the producer is broken for good. The process has to go."""
+
+
+class AbortedError(Exception):
+    """The transaction could not be committed; it is aborted. `too_large`: a record exceeded the broker's limit."""
+
+    def __init__(self, message: str, *, too_large: bool) -> None:
+        super().__init__(message)
+        self.too_large = too_large
+
+
+class Writer:
+    """One transactional producer. Not thread-safe: one call at a time."""
+
+    def __init__(self, cluster: Cluster, *, transactional_id: str, max_message_bytes: int) -> None:
+        self.transactional_id = transactional_id
+        self._too_large = False
+        self._config = cluster.config(
+            transactional_id=transactional_id,
+            transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
+            delivery_timeout_ms=TRANSACTION_TIMEOUT_MS,
+            partitioner="murmur2_random",
+            linger_ms=20,  # a commit flushes at once; until then records gather
+            message_max_bytes=max_message_bytes + 65_536,
+            queue_buffering_max_messages=500_000,
+            delivery_report_only_error=True,
+        )
+        self._config["on_delivery"] = self._on_delivery
+        self._producer: Producer | None = None
+        self.is_open = False
+
+    def acquire(self) -> None:
+        """Fence every earlier owner and abort what it left open. Blocks; raises FencedError when refused for good."""
+        producer = Producer(self._config)
+        deadline = time.monotonic() + 3 * _CALL_SECONDS
+        while True:
+            try:
+                producer.init_transactions(_CALL_SECONDS)
+                break
+            except KafkaException as error:
+                if not error.args[0].retriable() or time.monotonic() > deadline:
+                    raise FencedError(f"{self.transactional_id}: {error.args[0]}") from error
+        self._producer = producer
+
+    def begin(self) -> None:
+        """Begin a transaction."""
+        self._too_large = False
+        try:
+            self._live().begin_transaction()
+        except KafkaException as error:
+            raise FencedError(f"{self.transactional_id}: {error.args[0]}") from error
+        self.is_open = True
+
+    def produce(self, topic: str, value: bytes | None, key: bytes | None, partition: int = -1, headers: Headers | None = None) -> None:
+        """Add a record to the open transaction. Partition -1: by the key. Raises FencedError, AbortedError."""
+        producer = self._live()
+        while True:
+            try:
+                if headers is None:
+                    producer.produce(topic, value, key, partition)
+                else:
+                    producer.produce(topic, value, key, partition, headers=list(headers))
+            except BufferError:
+                producer.poll(0.01)
+            except KafkaException as error:
+                self._raise(error)
+            else:
+                return
+
+    def commit(self) -> None:
+        """Commit the open transaction. Blocks. Raises AbortedError (aborted already) or FencedError."""
+        producer = self._live()
+        deadline = time.monotonic() + 2 * _CALL_SECONDS
+        while True:
+            try:
+                producer.commit_transaction(_CALL_SECONDS)
+            except KafkaException as error:
+                if error.args[0].retriable() and time.monotonic() < deadline:
+                    continue
+                self._raise(error)
+            self.is_open = False
+            return
+
+    def abort(self) -> None:
+        """Abort the open transaction, if there is one. Blocks. Raises FencedError."""
+        if not self.is_open:
+            return
+        deadline = time.monotonic() + 2 * _CALL_SECONDS
+        while True:
+            try:
+                self._live().abort_transaction(_CALL_SECONDS)
+            except KafkaException as error:
+                if error.args[0].retriable() and time.monotonic() < deadline:
+                    continue
+                raise FencedError(f"{self.transactional_id}: {error.args[0]}") from error
+            self.is_open = False
+            return
+
+    def discard(self) -> None:
+        """Give the producer up without a word to the broker: the next owner fences it."""
+        self._producer = None
+
+    def _live(self) -> Producer:
+        if self._producer is None:
+            raise FencedError(f"{self.transactional_id}: not acquired")
+        return self._producer
+
+    def _raise(self, error: KafkaException) -> None:
+        reason: KafkaError = error.args[0]
+        if reason.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            self._too_large = True
+        if reason.txn_requires_abort() or reason.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            self.abort()
+            raise AbortedError(str(reason), too_large=self._too_large) from error
+        raise FencedError(f"{self.transactional_id}: {reason}") from error
+
+    def _on_delivery(self, error: KafkaError | None, _message: object) -> None:
+        if error is not None and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            self._too_large = True

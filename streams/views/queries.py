@@ -1,0 +1,225 @@
+"""Rows to answers, exactly as the contracts in `schemas/contracts` say. Nothing here knows HTTP or Faust."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+from typing import Protocol
+
+from agents.inbox import INBOX, NOTIFICATIONS, Change, Decision, DeliveryState, Inbox, Notification, moment_of
+from schemas.codec import unpack
+from schemas.errors import UndecodableError, UnsealableError
+from schemas.ids import is_notification_id, partition_of, partition_of_notification
+from schemas.messages import Headline
+from schemas.sealed import unseal
+from schemas.status import Engagement
+
+# what is said in place of a title or message that was erased with the user's key
+ERASED = "erased"
+_ERASED_HEADLINE = Headline(title=ERASED, message=ERASED)
+
+Answer = Mapping[str, object]
+
+
+class Tables(Protocol):
+    """The projection's tables, as far as this worker holds them."""
+
+    def shard(self, table: str, partition: int) -> Mapping[bytes, bytes] | None:
+        """Return the rows of `table` in `partition`; None when they are not here, or not yet recovered."""
+
+
+class ElsewhereError(Exception):
+    """The rows of `partition` are not here. Ask the worker that owns it."""
+
+    def __init__(self, partition: int) -> None:
+        super().__init__(f"partition {partition} is not here")
+        self.partition = partition
+
+
+class Show(StrEnum):
+    """Which notifications of an inbox are asked for."""
+
+    ALL = "all"
+    UNREAD = "unread"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A notification and its id."""
+
+    notification_id: str
+    row: Notification
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queries:
+    """Answers from the tables. `key_of` gives a user's key; None: it was destroyed, and what it sealed is erased."""
+
+    tables: Tables
+    partitions: int
+    key_of: Callable[[str], Awaitable[bytes | None]]
+
+    async def inbox(self, user_id: str, *, show: Show, limit: int, offset: int) -> Answer:
+        """Return `limit` notifications of a user from the `offset`th, newest first: GetUserNotifications.
+
+        Raises ElsewhereError.
+        """
+        partition = partition_of(user_id.encode(), self.partitions)
+        inbox = Inbox.decode(self._shard(INBOX, partition).get(user_id.encode()))
+        rows = self._shard(NOTIFICATIONS, partition)
+        listed = ((notification_id, rows[notification_id.encode()]) for _, notification_id in inbox.listed())
+        found = (Found(notification_id=notification_id, row=Notification.decode(raw)) for notification_id, raw in listed)
+        shown = (each for each in found if show is Show.ALL or not each.row.engaged.is_read)
+        page = list(islice(shown, offset, offset + limit))
+        key = await self.key_of(user_id) if page else None
+        return {"userId": user_id, "notifications": [_summary(each, key) for each in page]}
+
+    def find(self, notification_id: str) -> Found | None:
+        """Return a notification by its id, None when there is none. Raises ElsewhereError."""
+        if not is_notification_id(notification_id):
+            return None
+        partition = partition_of_notification(notification_id, self.partitions)
+        raw = self._shard(NOTIFICATIONS, partition).get(notification_id.encode())
+        return None if raw is None else Found(notification_id=notification_id, row=Notification.decode(raw))
+
+    async def details(self, found: Found) -> Answer | None:
+        """Return one notification: GetNotificationDetails. None when nothing was decided yet, or nothing was to be said."""
+        decision = found.row.decision
+        if decision is None or not is_readable(found.row):
+            return None
+        key = await self.key_of(found.row.user_id)
+        details = {**_summary(found, key), "userId": found.row.user_id, "type": decision["type"]}
+        metadata = {name: decision["metadata"][name] for name in ("orderId", "shippingProvider") if name in decision["metadata"]}
+        if "orderId" in metadata:
+            details["metadata"] = metadata
+        return details
+
+    def _shard(self, table: str, partition: int) -> Mapping[bytes, bytes]:
+        rows = self.tables.shard(table, partition)
+        if rows is None:
+            raise ElsewhereError(partition)
+        return rows
+
+
+def is_readable(row: Notification) -> bool:
+    """Say whether the user was to be told something: what was skipped has a trail, but no title or message."""
+    return row.sealed_headline is not None
+
+
+def trail(found: Found) -> Answer:
+    """Return why a notification was or was not sent, through whom, at which attempt, and how it ended. No personal data."""
+    row, decision = found.row, found.row.decision
+    return {
+        "notificationId": found.notification_id,
+        "userId": row.user_id,
+        "event": None if decision is None else _event(decision),
+        "decision": None if decision is None else _decision(decision),
+        "again": [
+            {
+                "at": rfc3339(repeat.at),
+                "outcome": repeat.outcome,
+                "reason": repeat.reason or None,
+                "request": _origin([repeat.topic, repeat.partition, repeat.offset]),
+            }
+            for repeat in row.repeats
+        ],
+        "deliveries": [_delivery(key, state, row.changes) for key, state in sorted(row.deliveries.items())],
+        "engagement": {
+            "status": Engagement.READ if row.engaged.is_read else Engagement.UNREAD,
+            "readAt": _moment(row.engaged.first_read_at) if row.engaged.is_read else None,
+            "archivedAt": _moment(row.engaged.archived_at),
+            "clickedAt": _moment(row.engaged.clicked_at),
+        },
+    }
+
+
+def rfc3339(milliseconds: int) -> str:
+    """Return a moment, in milliseconds since 1970 UTC, as RFC 3339 text in UTC, such as 2026-01-15T09:30:00.125Z."""
+    return moment_of(milliseconds).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _moment(milliseconds: int) -> str | None:
+    return rfc3339(milliseconds) if milliseconds else None
+
+
+def _summary(found: Found, key: bytes | None) -> dict[str, object]:
+    headline = _headline(found.row, key)
+    return {
+        "notificationId": found.notification_id,
+        "title": headline.title,
+        "message": headline.message,
+        "status": Engagement.READ if found.row.engaged.is_read else Engagement.UNREAD,
+        "createdAt": rfc3339(found.row.decision["decidedAt"] if found.row.decision else 0),
+    }
+
+
+def _headline(row: Notification, key: bytes | None) -> Headline:
+    sealed = row.sealed_headline
+    if key is None or sealed is None:
+        return _ERASED_HEADLINE
+    try:
+        return unpack(unseal(key, sealed, user_id=row.user_id, purpose="headline"), Headline)
+    except (UnsealableError, UndecodableError):
+        # sealed with a key that was destroyed since: the user came back and has another one
+        return _ERASED_HEADLINE
+
+
+def _origin(origin: list[str | int] | None) -> Answer:
+    topic, partition, offset = origin or (None, None, None)
+    return {"topic": topic, "partition": partition, "offset": offset}
+
+
+def _event(decision: Decision) -> Answer:
+    return {
+        "id": decision["eventId"],
+        "producer": decision["producer"],
+        **_origin(decision["origin"]),
+        "occurredAt": rfc3339(decision["occurredAt"]),
+    }
+
+
+def _decision(decision: Decision) -> Answer:
+    return {
+        "outcome": decision["outcome"],
+        "reason": decision["reason"],
+        "rule": decision["rule"],
+        "type": decision["type"],
+        "category": decision["category"],
+        "lane": decision["lane"],
+        "versions": {
+            "rule": decision["ruleVersion"],
+            "template": decision["templateVersion"],
+            "preferences": decision["preferenceVersion"],
+        },
+        "limiter": decision["limiter"],
+        "acceptedAt": rfc3339(decision["acceptedAt"]),
+        "decidedAt": rfc3339(decision["decidedAt"]),
+        "request": _origin(decision["request"]),
+        "channels": [
+            {"channel": channel, "isChosen": is_chosen, "reason": reason, "deliveryId": delivery_id}
+            for channel, is_chosen, reason, delivery_id in decision["channels"]
+        ],
+    }
+
+
+def _delivery(delivery_id: str, state: DeliveryState, changes: tuple[Change, ...]) -> Answer:
+    return {
+        "deliveryId": delivery_id or None,
+        "channel": state.channel or None,
+        "status": state.current.status,
+        "changes": [
+            {
+                "at": rfc3339(change.at),
+                "status": change.status,
+                "generation": change.generation,
+                "attempt": change.attempt,
+                "provider": change.provider or None,
+                "reference": change.reference or None,
+                "reason": change.reason or None,
+            }
+            for change in changes
+            if change.delivery_id == delivery_id
+        ],
+    }

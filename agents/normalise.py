@@ -62,7 +62,7 @@ _STATUSES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaymentEvent:
-    """A payment, whoever told us about it. `occurred_at` is aware UTC; `amount` has its currency's number of decimals."""
+    """A payment, whoever told us about it. `amount` has its currency's number of decimals."""
 
     event_id: str
     payment_id: str | None
@@ -74,7 +74,8 @@ class PaymentEvent:
     currency: str
     method: str | None  # for people, such as "Visa ending 4242"
     failure_reason: str | None  # only of a failed payment
-    occurred_at: datetime
+    occurred_at: datetime  # aware, UTC
+    is_dated: bool  # whether the event itself says when; else `occurred_at` is when we heard of it
 
 
 def payment(record: Mapping[str, object], *, raw: bytes, at: datetime) -> PaymentEvent:
@@ -93,7 +94,7 @@ def payment(record: Mapping[str, object], *, raw: bytes, at: datetime) -> Paymen
     amount = _amount(fields, currency)
     method = _method(fields)
     failure_reason = fields.text("failureReason", "failureMessage", "declineReason")
-    occurred_at = _time(fields) or at.astimezone(UTC)
+    occurred_at = _time(fields)
     user_id = fields.id("userId", "customerId")
     # last, so that an absurd event is called invalid, and only a sound one unroutable
     if user_id is None:
@@ -111,7 +112,8 @@ def payment(record: Mapping[str, object], *, raw: bytes, at: datetime) -> Paymen
         currency=currency,
         method=method,
         failure_reason=failure_reason if status is PaymentStatus.FAILED else None,
-        occurred_at=occurred_at,
+        occurred_at=occurred_at or at.astimezone(UTC),
+        is_dated=occurred_at is not None,
     )
 
 

@@ -129,8 +129,8 @@ def requests_of_payment(event: PaymentEvent, source: Source) -> Effects:
 
 
 def _data(event: PaymentEvent) -> dict[str, str]:
-    # %-d is not everywhere; the user's zone is not known here, so the zone is said
-    on = f"{event.occurred_at.day} {event.occurred_at:%B %Y}"
+    # a date that we made up would be another one when the event is told again, and the request another request
+    on = f"{event.occurred_at.day} {event.occurred_at:%B %Y}" if event.is_dated else ""
     return {
         "paymentId": event.payment_id or "",
         "orderId": event.order_id or "",
@@ -140,5 +140,6 @@ def _data(event: PaymentEvent) -> dict[str, str]:
         "method": event.method or "",
         "failureReason": event.failure_reason or "",
         "occurredOn": on,
-        "occurredAt": f"{on} at {event.occurred_at:%H:%M} UTC",
+        # the user's zone is not known here, so the zone is said
+        "occurredAt": f"{on} at {event.occurred_at:%H:%M} UTC" if on else "",
     }

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from secrets import token_bytes
@@ -58,7 +58,7 @@ from streams.roles import Role
 from streams.runner import Input, MakeShard, Names, Runner, Tools, Turns
 from streams.sending import Providers, SendingShard, Slots
 from streams.settings import WORKER_NEEDS, Settings
-from streams.topics import Count, physical
+from streams.topics import Count, TopicSpec, physical
 from streams.topology import Step, all_topics, steps_of
 from streams.transport.admin import committed_offsets, topic_facts
 from streams.transport.cluster import Cluster, leave
@@ -84,13 +84,27 @@ class Foreign(NamedTuple):
     raw: bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which steps a worker runs, and on which topics. Tests and benchmarks run steps of their own on the same parts.
+
+    `inputs` None: what the role does. `tune` sees the tools before anything is read: faults are set there.
+    """
+
+    steps: tuple[Step, ...]
+    topics: Sequence[TopicSpec]
+    inputs: Callable[[Step, Codec], Mapping[str, Input]] | None = None
+    tune: Callable[[Tools], None] = lambda _tools: None
+
+
 class Worker(NotifyApp):
     """The app of one role."""
 
-    def __init__(self, settings: Settings, role: Role, **options: Any) -> None:
+    def __init__(self, settings: Settings, role: Role, plan: Plan, **options: Any) -> None:
         self.settings = settings
         self.role = role
-        self.steps = steps_of(role)
+        self.plan = plan
+        self.steps = plan.steps
         self.metrics = Metrics(role)
         self.runner: Runner | None = None
         self.watch: HealthWatch | None = None
@@ -101,7 +115,6 @@ class Worker(NotifyApp):
         self._publisher: Producer | None = None
         self._codec: Codec | None = None
         self.tables_of: dict[tuple[str, str], PartitionedTable] = {}
-        self.tune: Callable[[Tools], None] = lambda _tools: None  # tests set faults and limits here
         super().__init__(f"notify.{settings.env}.{role}", **options)
 
     # ---- start and stop
@@ -126,9 +139,9 @@ class Worker(NotifyApp):
     async def _prepare(self) -> None:
         settings, env = self.settings, self.settings.env
         pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="kafka")
-        specs = {spec.name: spec for spec in all_topics()}
+        specs = {spec.name: spec for spec in self.plan.topics}
         used = {topic for step in self.steps for topic in (*step.reads, *step.writes, *step.changelogs().values())}
-        used |= {topics.DEAD, topics.KEYS}
+        used |= {topics.DEAD} | ({topics.KEYS} if self.role in _KEYED_ROLES and self.plan.inputs is None else set())
         loop = asyncio.get_running_loop()
         names = {topic: physical(env, topic) for topic in used}
         facts = await loop.run_in_executor(pool, topic_facts, self.cluster, list(names.values()))
@@ -155,16 +168,16 @@ class Worker(NotifyApp):
             pool=pool,
             turns=Turns(),
         )
-        self.tune(tools)
+        self.plan.tune(tools)
         make_shard: dict[str, MakeShard] = {}
-        if self.role in _KEYED_ROLES:
+        if self.role in _KEYED_ROLES and self.plan.inputs is None:
             self.keys = Follower(self.cluster, names[topics.KEYS], group=f"{self.conf.id}.keys")
-        if self.role.lane is not None:
+        if self.role.lane is not None and self.plan.inputs is None:
             make_shard["send"] = await self._sending(tools)
         runner = Runner(
             tools,
             group=self.conf.id,
-            steps={step: self._inputs(step, codec) for step in self.steps},
+            steps={step: (self.plan.inputs or self.inputs)(step, codec) for step in self.steps},
             make_shard=make_shard,
         )
         runner.committed = self._committed
@@ -179,7 +192,7 @@ class Worker(NotifyApp):
     async def _register(self) -> Codec:
         while True:
             try:
-                return await self.registry.codec(self.settings.env, all_topics())
+                return await self.registry.codec(self.settings.env, self.plan.topics)
             except RegistryUnavailableError as error:
                 log.warning("registry.unavailable error=%s: waiting, since these schemas were never registered from here", error)
                 await asyncio.sleep(_START_RETRY_SECONDS)
@@ -213,7 +226,8 @@ class Worker(NotifyApp):
 
     # ---- what is decided where
 
-    def _inputs(self, step: Step, codec: Codec) -> dict[str, Input]:
+    def inputs(self, step: Step, codec: Codec) -> Mapping[str, Input]:
+        """Return what this role does with each topic of `step`."""
         match step.role:
             case Role.INGEST:
                 return self._ingest_inputs(step, codec)
@@ -370,13 +384,14 @@ def _original(source: Source) -> Source:
         raise UndecodableError("a parked record without the headers that say where it came from") from error
 
 
-def build_app(settings: Settings) -> Worker:
-    """Return the app of `settings.role`, not started. Connects nowhere."""
+def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
+    """Return the app of `settings.role`, not started. Connects nowhere. `plan` None: what the topology says."""
     check_version()
     assert settings.role is not None
     app = Worker(
         settings,
         settings.role,
+        plan or Plan(steps=steps_of(settings.role), topics=all_topics()),
         broker=";".join(f"kafka://{server}" for server in settings.kafka.split(",")),
         autodiscover=False,
         TableManager=BatchTableManager,

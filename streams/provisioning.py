@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any, TypeVar, cast
 
 from confluent_kafka import OFFSET_INVALID, ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import (
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, but not said so
     AdminClient,
     AlterConfigOpType,
     ConfigEntry,
@@ -35,6 +35,7 @@ VISIBLE_SECONDS = 30.0
 _POLL_SECONDS = 0.05
 SAFE_REPLICAS = 3
 OUR_PREFIX = "notify."
+SHOWN_NAMES = 3
 
 # a table is recovered from its changelog: keep it small. A tombstone of a key erases a person: compact within a day
 COMPACTION: Mapping[str, str] = {
@@ -125,14 +126,20 @@ def plan(admin: AdminClient, wanted: Sequence[Target]) -> list[Change]:
     ]
 
 
+def problems(changes: Sequence[Change]) -> list[str]:
+    """Return why `changes` cannot be made: one sentence for all topics with the same problem; nothing when they can."""
+    refused = [change for change in changes if change.action is Action.REFUSE]
+    return _count_problems((change.target, int(change.differences[0].found or 0)) for change in refused)
+
+
 def apply(admin: AdminClient, changes: Sequence[Change]) -> None:
     """Create and alter what `changes` ask for, and return when every broker knows of it.
 
     Raises SettingsError, before anything is changed, with the problem of each refused topic; KafkaException when Kafka refuses.
     """
-    problems = [change.problem for change in changes if change.problem is not None]
-    if problems:
-        raise SettingsError(problems)
+    refused = problems(changes)
+    if refused:
+        raise SettingsError(refused)
     created = [change.target for change in changes if change.action is Action.CREATE]
     altered = [change for change in changes if change.action is Action.ALTER]
     if created:
@@ -145,16 +152,21 @@ def apply(admin: AdminClient, changes: Sequence[Change]) -> None:
 def check_partitions(admin: AdminClient, wanted: Iterable[Target]) -> None:
     """Return when every topic of `wanted` is there with its number of partitions.
 
-    Raises SettingsError with one sentence a topic. A worker that went on would look for keys in the wrong partitions.
+    Raises SettingsError with a sentence for those that are missing and one for each wrong count. A worker that went on would look for keys in the wrong partitions.
     """
     found = admin.list_topics(timeout=ANSWER_SECONDS).topics
-    problems: list[str] = []
+    missing: list[str] = []
+    wrong: list[tuple[Target, int]] = []
     for target in wanted:
         topic = found.get(target.name)
         if topic is None or topic.error is not None:
-            problems.append(f"the topic {target.name} does not exist: run `notify topics ensure`")
+            missing.append(target.name)
         elif len(topic.partitions) != target.partitions:
-            problems.append(_other_count(target, len(topic.partitions)))
+            wrong.append((target, len(topic.partitions)))
+    problems = _count_problems(wrong)
+    if missing:
+        some = ", ".join(missing[:SHOWN_NAMES]) + (f" and {len(missing) - SHOWN_NAMES} more topics" if len(missing) > SHOWN_NAMES else "")
+        problems.append(f"{some} {'does' if len(missing) == 1 else 'do'} not exist: run `notify topics ensure`")
     if problems:
         raise SettingsError(problems)
 
@@ -167,7 +179,7 @@ def start_group(admin: AdminClient, group: str, topics: Sequence[str], at: Start
     unset = [place for place in places if (place.topic, place.partition) not in committed]
     if not unset:
         return {}
-    spec = OffsetSpec.latest() if at is StartAt.LATEST else OffsetSpec.earliest()
+    spec = offset_spec(at)
     futures = admin.list_offsets(dict.fromkeys(unset, spec), request_timeout=ANSWER_SECONDS)
     offsets = [TopicPartition(place.topic, place.partition, future.result(ANSWER_SECONDS).offset) for place, future in futures.items()]
     request = ConsumerGroupTopicPartitions(group, offsets)
@@ -195,6 +207,11 @@ def committed_offsets(admin: AdminClient, group: str, places: Sequence[TopicPart
             if place.offset > OFFSET_INVALID and place.offset >= 0
         }
     return found
+
+
+def offset_spec(at: StartAt) -> Any:  # noqa: ANN401 - of an untyped class
+    """Return how the admin client is asked for the first or the next offset."""
+    return OffsetSpec.latest() if at is StartAt.LATEST else OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 
 
 def describe(admin: AdminClient, names: Sequence[str]) -> dict[str, dict[str, ConfigEntry]]:
@@ -233,7 +250,7 @@ def _compare(target: Target, topic: TopicMetadata, config: Mapping[str, ConfigEn
     count = len(topic.partitions)
     if count != target.partitions:
         difference = Difference(setting="partitions", found=str(count), wanted=str(target.partitions))
-        problem = _other_count(target, count)
+        (problem,) = _count_problems([(target, count)])
         return Change(target=target, action=Action.REFUSE, differences=(difference,), problem=problem)
     if not target.is_ours:
         return Change(target=target, action=Action.KEEP)
@@ -264,12 +281,20 @@ def _is_same(entry: ConfigEntry, wanted: str) -> bool:
         return bool(found == wanted)
 
 
-def _other_count(target: Target, found: int) -> str:
-    variable = "NOTIFY_INBOUND_PARTITIONS" if target.count is Count.INBOUND else "NOTIFY_PARTITIONS"
-    return (
-        f"the topic {target.name} has {found} partition{'' if found == 1 else 's'}, not {target.partitions} as {variable} says: "
-        f"set {variable}={found} if the topic is right; the partitions of a topic in use cannot be changed"
-    )
+def _count_problems(wrong: Iterable[tuple[Target, int]]) -> list[str]:
+    """Return one sentence for all topics with the same wrong number of partitions."""
+    alike: dict[tuple[Count, int, int], list[str]] = {}
+    for target, found in wrong:
+        alike.setdefault((target.count, target.partitions, found), []).append(target.name)
+    problems: list[str] = []
+    for (count, wanted, found), names in alike.items():
+        variable = "NOTIFY_INBOUND_PARTITIONS" if count is Count.INBOUND else "NOTIFY_PARTITIONS"
+        have = f"the topic {names[0]} has" if len(names) == 1 else f"{len(names)} topics, such as {names[0]}, have"
+        problems.append(
+            f"{have} {found} partition{'' if found == 1 else 's'}, not {wanted} as {variable} says: "
+            f"set {variable}={found} if the topics are right; the partitions of a topic in use cannot be changed"
+        )
+    return problems
 
 
 def _create(admin: AdminClient, created: Sequence[Target]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Registry:
             raise RegistryUnavailableError(f"the registry answered {status} when {subject} was registered")
         return int(body["id"])
 
-    async def codec(self, env: str, specs: list[TopicSpec]) -> Codec:
+    async def codec(self, env: str, specs: Sequence[TopicSpec]) -> Codec:
         """Return the codec for our own topics, their schemas registered; from the cache when the registry is away.
 
         Raises RegistryUnavailableError when it is away and these schemas were never registered from here.

@@ -573,7 +573,6 @@ class Runner:
     async def start_reading(self) -> None:
         """Read every owned input from its watermark on; without one, from what the group committed, else the beginning."""
         self._epoch += 1
-        self._batches = asyncio.Queue()
         wanted = {
             TP(self.tools.names.physical[topic], shard.partition): lane
             for shard in self.shards.values()

@@ -32,7 +32,7 @@ _UNWANTED = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\
 _SPACE = re.compile(r"\s+")
 
 _SYMBOLS = {"USD": "$", "GBP": "£", "EUR": "€", "JPY": "¥"}
-_PLAIN_NUMBER = re.compile(r"([0-9]+)(\.[0-9]+)?")
+_PLAIN_NUMBER = re.compile(r"([0-9]{1,20})(\.[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Links:
 def money(amount: str, currency: str) -> str:
     """Return an amount for people: "$1,249.00", or "1,249.00 CHF" where the sign would be ambiguous or unknown."""
     number = _PLAIN_NUMBER.fullmatch(amount)
-    grouped = f"{int(number[1][:20]):,}{number[2] or ''}" if number else amount
+    grouped = f"{int(number[1]):,}{number[2] or ''}" if number else amount
     symbol = _SYMBOLS.get(currency)
     return f"{symbol}{grouped}" if symbol else f"{grouped} {currency}"
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+NOTHING = "\N{EN DASH}"  # in place of a value that is not there
 PIPE_COLUMNS = 200  # a pipe has no width; tables must not cut ids there
 
 # told how far the work has come

@@ -81,6 +81,7 @@ class DeadLetter:
     ),
 )
 def list_(
+    *,
     limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 20,
     error: Annotated[str | None, typer.Option(help="Only this reason, such as undecodable or unroutable.")] = None,
     role: Annotated[str | None, typer.Option(help="Only what this role set aside, such as ingest.")] = None,
@@ -106,6 +107,7 @@ def list_(
 @app.command("show", epilog=console.examples("notify dlq show 0:41", "notify dlq show 0:41 --all-bytes", "notify dlq show 0:41 --json"))
 def show(
     place: Annotated[str, typer.Argument(metavar="PARTITION:OFFSET", help="As `notify dlq list` shows it.")],
+    *,
     all_bytes: Annotated[bool, typer.Option("--all-bytes", help=f"Show all bytes, not the first {SHOWN_BYTES}.")] = False,
     as_json: console.JsonOption = False,
 ) -> None:
@@ -227,9 +229,9 @@ def _print(letter: DeadLetter, decoded: Mapping[str, object] | None, problem: st
         out.print(Text.assemble(("record ", "bold cyan"), ("cannot be decoded: ", "yellow"), console.cell(problem)))
     out.print()
     raw = letter.value or b""
-    shown = raw if limit_bytes is None else raw[:limit_bytes]
+    head = raw if limit_bytes is None else raw[:limit_bytes]
     out.print(Text.assemble(("bytes ", "bold cyan"), (f"{len(raw):,}", "dim")))
-    for line in hexdump(shown):
-        out.print(Text.assemble((line[:10], "dim"), line[10:60], (line[60:], "cyan")))
-    if len(shown) < len(raw):
-        out.print(Text(f"… {len(raw) - len(shown):,} more: --all-bytes", style="dim"))
+    for row in hexdump(head):
+        out.print(Text.assemble((row[:10], "dim"), row[10:60], (row[60:], "cyan")))
+    if len(head) < len(raw):
+        out.print(Text(f"… {len(raw) - len(head):,} more: --all-bytes", style="dim"))

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import typer
 from confluent_kafka import ConsumerGroupState, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, ClusterMetadata, OffsetSpec
+from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]  # exported, but not said so
 from rich.table import Table
 from rich.text import Text
 
@@ -49,7 +49,11 @@ class State(StrEnum):
     SKIPPED = "skipped"
 
 
-_MARKS = {State.PASSED: Text("✓", style="bold green"), State.FAILED: Text("✗", style="bold red"), State.SKIPPED: Text("–", style="dim")}
+_MARKS = {
+    State.PASSED: Text("✓", style="bold green"),
+    State.FAILED: Text("✗", style="bold red"),
+    State.SKIPPED: Text(console.NOTHING, style="dim"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +66,7 @@ class Check:
     advice: str | None = None
 
 
-def doctor(as_json: console.JsonOption = False) -> None:
+def doctor(*, as_json: console.JsonOption = False) -> None:
     """Look at every part of the system; the exit code is 1 when something is wrong."""
     settings, web_url = load_settings(os.environ, needs=CLIENT_NEEDS)
     checks: list[Check] = []
@@ -115,7 +119,7 @@ def _topics(admin: AdminClient, settings: Settings) -> Iterator[Check]:
     changes = provisioning.plan(admin, wanted(settings))
     missing = [change.target.name for change in changes if change.action is Action.CREATE]
     different = [change.target.name for change in changes if change.action is Action.ALTER]
-    refused = [change for change in changes if change.problem is not None]
+    refused = provisioning.problems(changes)
     if missing:
         yield _failed("topics", f"{_some(missing)} missing", "Run `notify topics ensure`.")
     if different:
@@ -124,8 +128,8 @@ def _topics(admin: AdminClient, settings: Settings) -> Iterator[Check]:
             f"{_some(different)} kept in another way than wanted",
             "`notify topics ensure --dry-run` shows how; without it, it mends them.",
         )
-    for change in refused:
-        yield _failed("topics", f"{change.target.name} has another partition count", change.problem or "")
+    for problem in refused:
+        yield _failed("topics", "another partition count than wanted", problem)
     if not missing and not different and not refused:
         yield Check(part="topics", state=State.PASSED, found=f"{len(changes)} are there, as wanted")
     for name, limit in _inbound_limits(admin, settings, missing).items():
@@ -210,9 +214,13 @@ def _lag(admin: AdminClient, group: str, places: list[TopicPartition]) -> int | 
     if not committed:
         return None
     read = [TopicPartition(topic, number) for topic, number in committed]
-    futures = admin.list_offsets(dict.fromkeys(read, OffsetSpec.latest()), request_timeout=TIMEOUT_SECONDS)
+    futures = admin.list_offsets(
+        dict.fromkeys(read, provisioning.offset_spec(provisioning.StartAt.LATEST)), request_timeout=TIMEOUT_SECONDS
+    )
     # the last place of a partition may be a commit marker, which no consumer's position passes until there is more to read
-    behind = [future.result(2 * TIMEOUT_SECONDS).offset - committed[place.topic, place.partition] for place, future in futures.items()]
+    behind: list[int] = [
+        future.result(2 * TIMEOUT_SECONDS).offset - committed[place.topic, place.partition] for place, future in futures.items()
+    ]
     return sum(records for records in behind if records > 1)
 
 

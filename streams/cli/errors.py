@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from confluent_kafka import KafkaError, KafkaException
 
 from schemas.errors import NotifyError, RegistryUnavailableError, SettingsError
@@ -11,10 +9,12 @@ from schemas.errors import NotifyError, RegistryUnavailableError, SettingsError
 EXIT_FAILURE = 1
 EXIT_SETTINGS = 2
 
-_UNREACHABLE = frozenset({KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._RESOLVE})
+# librdkafka's own codes begin with an underscore, which makes them no less public
+_UNREACHABLE = frozenset({KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._RESOLVE})  # noqa: SLF001
+_MISSING = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION})  # noqa: SLF001
 _DENIED = frozenset(
     {
-        KafkaError._AUTHENTICATION,
+        KafkaError._AUTHENTICATION,  # noqa: SLF001
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
         KafkaError.GROUP_AUTHORIZATION_FAILED,
         KafkaError.CLUSTER_AUTHORIZATION_FAILED,
@@ -26,8 +26,9 @@ _DENIED = frozenset(
 class CliError(Exception):
     """The command cannot do what was asked. The message says why and what to do; show it and stop."""
 
-    def __init__(self, message: str, *, exit_code: int = EXIT_FAILURE) -> None:
-        super().__init__(message)
+    def __init__(self, *sentences: str, exit_code: int = EXIT_FAILURE) -> None:
+        super().__init__(" ".join(sentences))
+        self.sentences = list(sentences)
         self.exit_code = exit_code
 
 
@@ -35,7 +36,7 @@ def explain(error: Exception) -> tuple[list[str], int] | None:
     """Return the sentences that tell a user about `error`, and the exit code; None for an error nobody foresaw."""
     match error:
         case CliError():
-            return [str(error)], error.exit_code
+            return error.sentences, error.exit_code
         case SettingsError():
             return list(error.problems), EXIT_SETTINGS
         case RegistryUnavailableError():
@@ -55,7 +56,7 @@ def explain_kafka(error: KafkaException) -> str:
     code = cause.code()
     if code in _UNREACHABLE:
         return "Kafka does not answer. Is it running, and is NOTIFY_KAFKA_BOOTSTRAP right? `notify doctor` checks."
-    if code in {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}:
+    if code in _MISSING:
         return "A topic or partition does not exist. Run `notify topics ensure`."
     if code in _DENIED:
         return f"Kafka does not allow this ({cause.name()}). Ask for the rights, or use another account."

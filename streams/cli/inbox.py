@@ -22,6 +22,7 @@ EPILOG = console.examples("notify user cust_10482", "notify user cust_10482 --un
 
 def user(
     user_id: Annotated[str, typer.Argument(metavar="ID", help="The user id.")],
+    *,
     unread: Annotated[bool, typer.Option("--unread", help="Only what has not been read.")] = False,
     limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="At most so many, newest first.")] = 20,
     as_json: console.JsonOption = False,

@@ -17,15 +17,17 @@ ANSWER_SECONDS = 5.0
 SILENCE_SECONDS = 20.0  # a broker that sends nothing for so long before the end of a topic is as good as away
 DELIVERY_SECONDS = 60.0
 FETCH_RECORDS = 5_000
+# the client connects again by itself; the silence is what is measured
+_PASSING = frozenset({KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT})  # noqa: SLF001 - public, for all their underscores
 
 Progress = Callable[[int], None]
 # line or item, what went wrong
 Failure = tuple[int, str]
 
 
-def client(bootstrap: str, **more: str | float | bool) -> dict[str, str | int | float | bool]:
+def client(bootstrap: str, more: Mapping[str, str | float | bool] | None = None) -> dict[str, str | int | float | bool]:
     """Return the configuration that every client shares. librdkafka's own log is off: errors reach us as values."""
-    return {"bootstrap.servers": bootstrap, "client.id": "notify-cli", "log_level": 0, **more}
+    return {"bootstrap.servers": bootstrap, "client.id": "notify-cli", "log_level": 0, **(more or {})}
 
 
 def admin(bootstrap: str) -> AdminClient:
@@ -51,8 +53,18 @@ class Reader:
     """Reads partitions of a topic from `start` (default: the beginning), committed records only, and commits nothing."""
 
     def __init__(self, bootstrap: str, topic: str, partitions: Mapping[int, int] | list[int]) -> None:
-        config = client(bootstrap, **{"enable.auto.commit": False, "enable.partition.eof": True, "isolation.level": "read_committed"})
-        self._consumer = Consumer({**config, "group.id": "notify-cli", "auto.offset.reset": "earliest", "fetch.wait.max.ms": 50})
+        config = client(
+            bootstrap,
+            {
+                "group.id": "notify-cli",  # asked for by the client, used for nothing
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+                "isolation.level": "read_committed",
+                "auto.offset.reset": "earliest",
+                "fetch.wait.max.ms": 50,
+            },
+        )
+        self._consumer = Consumer(config)
         self._topic = topic
         starts = partitions if isinstance(partitions, Mapping) else dict.fromkeys(partitions, OFFSET_BEGINNING)
         self._starts = starts
@@ -70,7 +82,7 @@ class Reader:
         found: dict[int, tuple[int, int]] = {}
         for number in self._starts:
             offsets = self._consumer.get_watermark_offsets(TopicPartition(self._topic, number), timeout=ANSWER_SECONDS)
-            found[number] = cast("tuple[int, int]", offsets)
+            found[number] = offsets
         return found
 
     def offsets_at(self, since_ms: int) -> dict[int, int]:
@@ -102,9 +114,9 @@ class Reader:
             error = message.error()
             if error is None:
                 records.append(message)
-            elif error.code() == KafkaError._PARTITION_EOF:
+            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - public, for all its underscore
                 self._ended.add(_number(message.partition()))
-            elif not error.retriable() and error.code() not in {KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT}:
+            elif not error.retriable() and error.code() not in _PASSING:
                 raise KafkaException(error)
         return records
 
@@ -115,7 +127,7 @@ class Publisher:
     def __init__(self, bootstrap: str) -> None:
         config = client(
             bootstrap,
-            **{
+            {
                 "acks": "all",
                 "enable.idempotence": True,
                 "partitioner": "murmur2_random",

@@ -32,7 +32,7 @@ class Lines:
             self.total_bytes: int | None = None
             return
         try:
-            self._file = Path(source).open("rb")
+            self._file = Path(source).open("rb")  # noqa: SIM115 - closed by __exit__
             self.total_bytes = os.fstat(self._file.fileno()).st_size or None
         except OSError as error:
             raise CliError(f"{source} cannot be read: {error.strerror}.") from error

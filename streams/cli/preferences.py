@@ -76,6 +76,7 @@ class Wish:
 )
 def get(
     user: Annotated[str, typer.Argument(metavar="USER", help="The user id.")],
+    *,
     show_contact: Annotated[bool, typer.Option("--show-contact", help="Print personal data in full, not masked.")] = False,
     as_json: console.JsonOption = False,
 ) -> None:
@@ -111,6 +112,7 @@ def get(
 )
 def set_(  # noqa: PLR0913 - one parameter an option
     user: Annotated[str, typer.Argument(metavar="USER", help="The user id.")],
+    *,
     email: Annotated[str | None, typer.Option(help="The mailbox.")] = None,
     name: Annotated[str | None, typer.Option(help="What the user is called in greetings.")] = None,
     phone: Annotated[str | None, typer.Option(help="The phone number, such as +12025550143.")] = None,
@@ -162,6 +164,7 @@ def load(
             metavar="FILE", help="NDJSON: userId and any of name, email, phone, devices, locale, timeZone, categories; - is stdin."
         ),
     ],
+    *,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the router has taken over the last of each partition.")] = True,
     as_json: console.JsonOption = False,
 ) -> None:
@@ -173,7 +176,7 @@ def load(
             wishes = list(_wishes(lines, advance))
         publisher = Publisher(settings.kafka)
         if wishes:
-            _load(settings, wire, publisher, [wish for _, wish in wishes], [number for number, _ in wishes], wait=wait)
+            _load(settings, wire, publisher, wishes, wait=wait)
         for number, problem in publisher.failures:
             lines.reject(number, problem)
         if as_json:
@@ -190,17 +193,17 @@ def load(
         raise typer.Exit(EXIT_FAILURE)
 
 
-def _load(settings: Settings, wire: Wire, publisher: Publisher, wishes: list[Wish], numbers: list[int], *, wait: bool) -> None:
+def _load(settings: Settings, wire: Wire, publisher: Publisher, wishes: list[tuple[int, Wish]], *, wait: bool) -> None:
     codec = _codec(wire)
     count = partition_count(settings.kafka, physical(settings.env, topics.PREFERENCES))
-    secret = {wish.user_id for wish in wishes if wish.contact is not None}
+    secret = {wish.user_id for _, wish in wishes if wish.contact is not None}
     with console.progress("asking for keys", len(secret)) as advance:
         keys = ensure_keys(settings, wire, codec, secret, progress=advance) if secret else {}
     waiting = Waiting(settings, count) if wait else None
     commands, now = physical(settings.env, topics.COMMANDS), datetime.now(UTC)
     last: dict[int, str] = {}
     with console.progress("publishing", len(wishes)) as advance:
-        for done, (number, wish) in enumerate(zip(numbers, wishes, strict=True), 1):
+        for done, (number, wish) in enumerate(wishes, 1):
             command = wish.command(keys.get(wish.user_id), now)
             publisher.publish(commands, wish.user_id, codec.encode(command), number=number)
             last[partition_of(wish.user_id.encode(), count)] = wish.user_id
@@ -412,16 +415,16 @@ def _print(preferences: UserPreferences, contact: Contact | None, *, is_erased: 
     table.add_column()
     table.add_row("user", console.cell(preferences.user_id, "bold"))
     table.add_row("version", f"{preferences.version}, since {console.show_time(preferences.updated_at)}")
-    table.add_row("locale", console.cell(preferences.locale or "–"))
-    table.add_row("time zone", console.cell(preferences.time_zone or "–"))
+    table.add_row("locale", console.cell(preferences.locale or console.NOTHING))
+    table.add_row("time zone", console.cell(preferences.time_zone or console.NOTHING))
     if is_erased:
         table.add_row("contact", Text("erased: his key was destroyed", style="yellow"))
     elif contact is None:
         table.add_row("contact", Text("none: only in-app notifications reach this user", style="yellow"))
     else:
         for label, value in (("name", contact.name), ("e-mail", contact.email), ("phone", contact.phone)):
-            table.add_row(label, console.cell(value or "–"))
-        table.add_row("devices", console.cell(", ".join(contact.devices or []) or "–"))
+            table.add_row(label, console.cell(value or console.NOTHING))
+        table.add_row("devices", console.cell(", ".join(contact.devices or []) or console.NOTHING))
     out.print(table)
     if not preferences.categories:
         out.print(Text("\nno choices: the defaults of each rule apply", style="dim"))

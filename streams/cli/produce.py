@@ -42,6 +42,7 @@ def produce(
         str, typer.Argument(metavar="TOPIC", help="Full name, or short: payments, requests.critical|normal|bulk, commands, signals.")
     ],
     file: Annotated[str, typer.Argument(metavar="FILE", help="NDJSON, one object a line; - is stdin.")],
+    *,
     as_json: console.JsonOption = False,
 ) -> None:
     """Publish the lines of an NDJSON file as Avro records.

@@ -44,6 +44,7 @@ def topics_() -> None:
     epilog=console.examples("notify topics ensure --dry-run", "notify topics ensure", "notify topics ensure --start-at latest"),
 )
 def ensure(
+    *,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")] = False,
     start_at: Annotated[
         StartAt | None,
@@ -58,7 +59,7 @@ def ensure(
     settings, _ = load_settings(os.environ, needs=NEEDS)
     admin = kafka.admin(settings.kafka)
     changes = provisioning.plan(admin, wanted(settings))
-    problems = [change.problem for change in changes if change.problem is not None]
+    problems = provisioning.problems(changes)
     if not as_json:
         _print(changes)
     begun: dict[tuple[str, int], int] = {}
@@ -66,13 +67,13 @@ def ensure(
         try:
             provisioning.apply(admin, changes)
         except SettingsError as error:
-            raise CliError("\n".join(error.problems)) from error
+            raise CliError(*(_capital(problem) for problem in error.problems)) from error
         if start_at is not None:
             begun = provisioning.start_group(admin, ingest_group(settings.env), inbound_topics(settings.env), start_at)
     if as_json:
         console.print_document(_document(changes, begun, is_done=not dry_run and not problems))
     if problems:
-        raise CliError("\n".join(_capital(problem) for problem in problems) + "\nNothing was changed.")
+        raise CliError(*(_capital(problem) for problem in problems), "Nothing was changed.")
     if not as_json:
         _summarise(changes, begun, dry_run=dry_run, start_at=start_at)
 
@@ -117,17 +118,25 @@ def _print(changes: Sequence[Change]) -> None:
 
 
 def _differences(change: Change) -> Text:
+    if change.action is Action.CREATE:
+        return _kept(change.target)
     text = Text()
     for item in change.differences:
-        if change.action is Action.CREATE and item.setting in {"partitions", "unclean.leader.election.enable", "max.message.bytes"}:
-            continue  # of a new topic, only what tells it from the others
-        if text:
-            text.append("  ")
-        text.append(f"{item.setting} ", style="dim")
-        if change.action is not Action.CREATE:
-            text.append_text(Text.assemble((_human(item.setting, item.found or "–"), "red"), (" → ", "dim")))
-        text.append(_human(item.setting, item.wanted), style="green" if change.action is not Action.REFUSE else "")
+        found, wanted = (_human(item.setting, value or console.NOTHING) for value in (item.found, item.wanted))
+        text.append_text(
+            Text.assemble("   " if text else "", (f"{item.setting} ", "dim"), (found, "red"), (" → ", "dim"), (wanted, "green"))
+        )
     return text
+
+
+def _kept(target: Target) -> Text:
+    """Return what tells a new topic from the others."""
+    retention = target.config.get("retention.ms")
+    kept = f"kept {_human('retention.ms', retention)}" if retention else "compacted"
+    replicas = f"{target.replication} replica{'' if target.replication == 1 else 's'}"
+    return Text.assemble(
+        (f"{kept:<10}", "" if retention else "cyan"), (f"  {replicas}, {target.config['min.insync.replicas']} in sync to write", "dim")
+    )
 
 
 def _human(setting: str, value: str) -> str:

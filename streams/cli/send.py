@@ -38,6 +38,7 @@ def send(  # noqa: PLR0913 - one parameter an option
     rule: Annotated[
         str, typer.Option(help=f"The rule, which names category, lane, channels and template: {', '.join(RULES)}.")
     ] = "message",
+    *,
     data: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="More for the template's placeholders; repeatable.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key for the same user is the same notification, once.")] = None,
     as_json: console.JsonOption = False,

@@ -21,6 +21,7 @@ EPILOG = console.examples(
 
 
 def token(
+    *,
     user: Annotated[str | None, typer.Option(help="Who the token names; without it the token is a service's and sees every user.")] = None,
     lifetime: Annotated[str, typer.Option(metavar="SPAN", help="How long it holds, such as 90s, 15m, 12h or 7d.")] = "1h",
 ) -> None:

@@ -23,7 +23,7 @@ EPILOG = console.examples(
     "notify trail 5f0c…", "notify trail 5f0c… --json", "notify trail $(notify send --user u-1 --title Hi --message there)"
 )
 
-# status: (mark, style)
+# how each status looks: a mark and its style
 MARKS: Mapping[str, tuple[str, str]] = {
     Status.ACCEPTED: ("•", "dim"),
     Status.SCHEDULED: ("◷", "cyan"),
@@ -46,6 +46,7 @@ _MINUTE_SECONDS, _HOUR_SECONDS, _DAY_SECONDS = 60, 3_600, 86_400
 
 def trail(
     notification: Annotated[str, typer.Argument(metavar="ID", help="The notification id: 32 hexadecimal digits.")],
+    *,
     as_json: console.JsonOption = False,
 ) -> None:
     """Show what became of a notification: why it was sent or not, through whom, at which attempt, and how it ended."""
@@ -246,7 +247,7 @@ def _later(start: datetime | None, text: object) -> Text:
 
 
 def _span(seconds: float) -> str:
-    sign, size = ("+" if seconds >= 0 else "−"), abs(seconds)
+    sign, size = ("+" if seconds >= 0 else "-"), abs(seconds)
     if size < 1:
         return f"{sign}{size * 1000:.0f} ms"
     if size < _MINUTE_SECONDS:

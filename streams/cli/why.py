@@ -29,17 +29,18 @@ _STYLES = {"notified": "bold green", "skipped": "bold yellow", "duplicate_of": "
 def why(
     user: Annotated[str, typer.Argument(metavar="USER", help="The user id.")],
     event: Annotated[str, typer.Argument(metavar="EVENT", help="The event id.")],
+    *,
     as_json: console.JsonOption = False,
 ) -> None:
     """Show every decision about an event for a user, with its reasons. With --json one line a decision."""
     settings, _ = load_settings(os.environ, needs=NEEDS)
     decisions = find_decisions(settings, user, event)
     if not decisions:
-        ours = physical(settings.env, topics.DEAD)
         raise CliError(
-            f"Nothing was decided for {console.safe(user)} about the event {console.safe(event)} in {physical(settings.env, topics.DECISIONS)}, "
-            f"which keeps 90 days. Check that both ids are spelled exactly so; look for the event among the dead letters (`notify dlq list`, "
-            f"topic {ours}) and in the topic `parked` when the registry was away; and see with `notify doctor` whether ingest and router run and how far behind they are."
+            f"Nothing was decided for {console.safe(user)} about the event {console.safe(event)} in "
+            f"{physical(settings.env, topics.DECISIONS)}, which keeps 90 days. Check that both ids are spelled exactly so. "
+            "Look for the event among the dead letters (`notify dlq list`), "
+            f"and in {physical(settings.env, topics.PARKED)} if the registry was away. `notify doctor` says whether ingest and router run."
         )
     for decision in decisions:
         if as_json:

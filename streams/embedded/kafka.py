@@ -52,7 +52,7 @@ class KafkaBroker(Server):
 
     name = "kafka"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         data_dir: Path,
         *,
@@ -106,9 +106,7 @@ class KafkaBroker(Server):
         compacted = {"cleanup.policy": "compact", "segment.bytes": "104857600"}
         topics = [
             NewTopic("__consumer_offsets", INTERNAL_PARTITIONS, 1, config=compacted | {"compression.type": "producer"}),
-            NewTopic(
-                "__transaction_state", INTERNAL_PARTITIONS, 1, config=compacted | {"compression.type": "uncompressed"}
-            ),
+            NewTopic("__transaction_state", INTERNAL_PARTITIONS, 1, config=compacted | {"compression.type": "uncompressed"}),
         ]
         client = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
 
@@ -129,9 +127,7 @@ class KafkaBroker(Server):
         return self.data_dir / "data"
 
     async def _format(self) -> None:
-        launch = self._launch(
-            "kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", CLUSTER_ID, "-c", "server.properties"
-        )
+        launch = self._launch("kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", CLUSTER_ID, "-c", "server.properties")
         self.process = ManagedProcess(launch, log_path=self.data_dir / "format.log", pid_path=self.pid_path)
         try:
             code = await self.process.wait(FORMAT_DEADLINE_SECONDS)

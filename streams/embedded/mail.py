@@ -259,8 +259,7 @@ class Store:
 
     def _insert(self, message: Incoming) -> None:
         number = self._writer.execute(
-            "INSERT INTO messages (received_at, sender, recipients, subject, message_id, headers, raw)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO messages (received_at, sender, recipients, subject, message_id, headers, raw) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 message.received_at,
                 message.sender,
@@ -271,9 +270,7 @@ class Store:
                 message.raw,
             ),
         ).lastrowid
-        self._writer.executemany(
-            "INSERT OR IGNORE INTO recipients VALUES (?, ?)", [(address, number) for address in message.recipients]
-        )
+        self._writer.executemany("INSERT OR IGNORE INTO recipients VALUES (?, ?)", [(address, number) for address in message.recipients])
         if number and number > self._kept_messages:
             oldest = number - self._kept_messages
             self._writer.execute("DELETE FROM messages WHERE id <= ?", (oldest,))
@@ -345,10 +342,7 @@ def document(stored: Stored) -> Json:
         "headers": grouped((name, decoded(value)) for name, value in message.raw_items()),
         "text": part(message, "plain"),
         "html": part(message, "html"),
-        "attachments": [
-            {"filename": each.get_filename(), "contentType": each.get_content_type()}
-            for each in message.iter_attachments()
-        ]
+        "attachments": [{"filename": each.get_filename(), "contentType": each.get_content_type()} for each in message.iter_attachments()]
         if message.is_multipart()
         else [],
         "sizeBytes": len(stored.raw),
@@ -621,7 +615,7 @@ class Inbox:
             code = int(body.get("code", 451))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise problem(web.HTTPBadRequest, "mode must be one of: " + ", ".join(FaultMode)) from None
-        if not 400 <= code <= 599:  # noqa: PLR2004
+        if not 400 <= code <= 599:
             raise problem(web.HTTPBadRequest, "code must be between 400 and 599")
         self._faults.mode, self._faults.code = mode, code
         if mode is FaultMode.UNREACHABLE:
@@ -637,17 +631,13 @@ class Inbox:
         return found[0]
 
     @web.middleware
-    async def _guard(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
+    async def _guard(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
         """Refuse names that are not ours: a page elsewhere may make its own name point to this machine."""
         name = request.url.host or ""
         if is_loopback(self._host) and not is_loopback(name):
             raise problem(web.HTTPForbidden, "this server answers only to 127.0.0.1 and localhost")
         response = await handler(request)
-        response.headers.update(
-            {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
-        )
+        response.headers.update({"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"})
         return response
 
 
@@ -679,7 +669,7 @@ async def serve(*, host: str, smtp_port: int, http_port: int, data_dir: Path) ->
     stopped = asyncio.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, stopped.set)
-    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240
     store = Store(data_dir / "mail.sqlite")
     faults = Faults()
     connections: set[asyncio.Transport] = set()
@@ -709,9 +699,7 @@ async def serve(*, host: str, smtp_port: int, http_port: int, data_dir: Path) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the server from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m streams.embedded.mail", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m streams.embedded.mail", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; loopback by default")
     parser.add_argument("--smtp-port", type=int, default=11025)
     parser.add_argument("--http-port", type=int, default=18025)

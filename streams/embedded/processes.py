@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final, Self
 
-import psutil  # type: ignore[import-untyped]  # no stubs among our dependencies
+import psutil
 
 LOOPBACK: Final = "127.0.0.1"
 POLL_SECONDS: Final = 0.02
@@ -64,9 +64,7 @@ class PortInUseError(StackError):
     def __init__(self, port: int, owner: str, *, purpose: str) -> None:
         self.port = port
         self.owner = owner
-        super().__init__(
-            f"{owner}, but {purpose} needs it. Stop that process, or choose another port (0 = any free one)."
-        )
+        super().__init__(f"{owner}, but {purpose} needs it. Stop that process, or choose another port (0 = any free one).")
 
 
 class DataDirInUseError(StackError):
@@ -85,9 +83,7 @@ class ServerFailedError(StackError):
         self.name = name
         self.log_path = log_path
         self.log_tail = log_tail
-        super().__init__(
-            f"{name} {reason}. Its log is {log_path}; the last lines are:\n{log_tail or '(nothing was logged)'}"
-        )
+        super().__init__(f"{name} {reason}. Its log is {log_path}; the last lines are:\n{log_tail or '(nothing was logged)'}")
 
 
 def describe_process(pid: int) -> str:
@@ -163,7 +159,7 @@ def _first_outgoing_port() -> int:
         first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
     except (OSError, ValueError):
         first = 32768
-    return first if 24000 <= first <= 49152 else 32768  # noqa: PLR2004  # a machine tuned otherwise: the usual bound
+    return first if 24000 <= first <= 49152 else 32768  # a machine tuned otherwise: the usual bound
 
 
 class DataDirLock:
@@ -175,7 +171,7 @@ class DataDirLock:
 
     def acquire(self) -> Self:
         """Take the lock, creating the folder when needed. Raises DataDirInUseError naming the holder."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the inbox holds personal data
         file = self.path.open("a+", encoding="ascii")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,9 +179,7 @@ class DataDirLock:
             file.seek(0)
             pid = file.read().strip()
             file.close()
-            raise DataDirInUseError(
-                self.path.parent, describe_process(int(pid)) if pid.isdigit() else "another process"
-            ) from None
+            raise DataDirInUseError(self.path.parent, describe_process(int(pid)) if pid.isdigit() else "another process") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -306,9 +300,9 @@ async def end_leftover(pid_path: Path, grace_seconds: float = 5) -> None:
     it) or, on systems without PR_SET_PDEATHSIG, orphaned. The start time tells it from a stranger with the same pid.
     """
     try:
-        pid, created = pid_path.read_text(encoding="ascii").split()
+        pid, created = pid_path.read_text(encoding="ascii").split()  # noqa: ASYNC240
         process = psutil.Process(int(pid))
-        if abs(process.create_time() - float(created)) > 0.02:  # noqa: PLR2004  # clock ticks
+        if abs(process.create_time() - float(created)) > 0.02:  # clock ticks
             return
         process.terminate()
     except (OSError, ValueError, psutil.NoSuchProcess):

@@ -91,7 +91,7 @@ class RegistryServer(Server):
                 aiohttp.ClientSession(timeout=REQUEST_TIMEOUT) as session,
                 session.get(f"{self.url}/subjects") as response,
             ):
-                return response.status == 200  # noqa: PLR2004
+                return response.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
 

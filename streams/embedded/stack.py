@@ -183,7 +183,7 @@ class Stack:
         await self.stop()
 
 
-async def start_stack(
+async def start_stack(  # noqa: PLR0913
     data_dir: Path,
     *,
     cache_dir: Path | None = None,
@@ -200,7 +200,7 @@ async def start_stack(
     faster, see `WarmUp`. Raises StackError, naming the process that holds a port or the folder, or with the last log
     lines of what did not start; nothing is left running then.
     """
-    data_dir = data_dir.absolute()
+    data_dir = data_dir.absolute()  # noqa: ASYNC240
     cache = (cache_dir or artifacts.default_cache_dir(os.environ)).absolute()
     lock = DataDirLock(data_dir).acquire()
     try:
@@ -224,9 +224,7 @@ async def start_stack(
             )
             if registry
             else None,
-            mail_process=MailServer(data_dir / "mail", smtp_port=ports.smtp, http_port=ports.http, env=os.environ)
-            if mail
-            else None,
+            mail_process=MailServer(data_dir / "mail", smtp_port=ports.smtp, http_port=ports.http, env=os.environ) if mail else None,
             _lock=lock,
         )
         await _start(stack, cache, progress or (lambda _component, _message: None))
@@ -341,9 +339,7 @@ async def train(cache: Path, name: str) -> None:
         controller_port = choose_port(taken=[port])
         server: KafkaBroker | RegistryServer
         if name == artifacts.KAFKA:
-            server = KafkaBroker(
-                Path(folder), port=port, controller_port=controller_port, start_cache=unfinished, env=os.environ
-            )
+            server = KafkaBroker(Path(folder), port=port, controller_port=controller_port, start_cache=unfinished, env=os.environ)
             server.class_path = await artifacts.obtain_kafka(cache, _silent)
         else:
             server = RegistryServer(Path(folder), port=port, start_cache=unfinished, env=os.environ)

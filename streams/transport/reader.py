@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ MAX_BATCH_RECORDS = 1_000
 MAX_OUTSTANDING_RECORDS = 4_000
 _POLL_SECONDS = 0.05
 _FETCH_WAIT_MS = 500
-_LEFTOVER_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -72,8 +70,9 @@ class Reader:
         if not positions:
             return
         self._stopping = threading.Event()
+        # a new one each time: a thread of an earlier assignment may still count in its own
         self._outstanding = dict.fromkeys(positions, 0)
-        arguments = (dict(positions), epoch, self._stopping)
+        arguments = (dict(positions), epoch, self._stopping, self._outstanding)
         self._thread = threading.Thread(target=self._run, args=arguments, name=f"read {self.topic}", daemon=True)
         self._thread.start()
 
@@ -93,13 +92,13 @@ class Reader:
         with self._lock:
             return sum(self._outstanding.values())
 
-    def _run(self, positions: dict[int, int], epoch: int, stopping: threading.Event) -> None:
+    def _run(self, positions: dict[int, int], epoch: int, stopping: threading.Event, outstanding: dict[int, int]) -> None:
         consumer = Consumer(self._config)
         try:
             consumer.assign([TopicPartition(self.topic, partition, offset) for partition, offset in positions.items()])
             paused: set[int] = set()
             while not stopping.is_set():
-                self._balance(consumer, paused)
+                self._balance(consumer, paused, outstanding)
                 first = consumer.poll(_POLL_SECONDS)
                 if first is None:
                     continue
@@ -108,7 +107,7 @@ class Reader:
                 if batches and not stopping.is_set():
                     with self._lock:
                         for batch in batches:
-                            self._outstanding[batch.partition] += len(batch.records)
+                            outstanding[batch.partition] += len(batch.records)
                     self._deliver(batches)
         except KafkaException as error:
             if not stopping.is_set():
@@ -116,9 +115,7 @@ class Reader:
         finally:
             consumer.close()
 
-    def _balance(self, consumer: Consumer, paused: set[int]) -> None:
-        with self._lock:
-            outstanding = dict(self._outstanding)
+    def _balance(self, consumer: Consumer, paused: set[int], outstanding: Mapping[int, int]) -> None:
         full = {p for p, n in outstanding.items() if n >= MAX_OUTSTANDING_RECORDS and p not in paused}
         free = {p for p in paused if outstanding[p] < MAX_OUTSTANDING_RECORDS // 2}
         if full:
@@ -145,12 +142,3 @@ class Reader:
             *(Batch(self.topic, partition, epoch, found, ends.pop(partition, None)) for partition, found in records.items()),
             *(Batch(self.topic, partition, epoch, (), end) for partition, end in ends.items()),
         ]
-
-
-def join_leftovers(readers: Sequence[Reader]) -> None:
-    """Wait, bounded, for threads of stopped readers to end: librdkafka must not be torn down under a running call."""
-    deadline = time.monotonic() + _LEFTOVER_SECONDS
-    names = {f"read {reader.topic}" for reader in readers}
-    for thread in threading.enumerate():
-        if thread.name in names:
-            thread.join(max(0.0, deadline - time.monotonic()))

@@ -1,0 +1,263 @@
+"""Drives real worker processes on the session's Kafka: starts, kills and freezes them, feeds topics, reads them back."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from streams.embedded.processes import choose_port
+from streams.embedded.stack import Stack
+from streams.provisioning import apply, plan, targets
+from streams.settings import CLIENT_NEEDS, Settings
+from streams.topics import TopicSpec, physical
+from streams.topology import all_topics
+
+ROOT = Path(__file__).parent.parent
+PARTITIONS = 4
+_counter = itertools.count(1)
+
+
+def wait_for(condition: Callable[[], Any], *, seconds: float, what: str) -> Any:
+    """Return the first true value of `condition`; fail after `seconds`, saying `what` did not happen."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while True:
+        if found := condition():
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"after {seconds} s still not: {what}")
+        pause.wait(0.05)
+
+
+@dataclass
+class WorkerProcess:
+    """One worker process. `logs` of all its lives are in one file."""
+
+    name: str
+    command: Sequence[str]
+    env: Mapping[str, str]
+    log: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+    is_wanted: bool = True
+    starts: int = 0
+    exits: list[int] = field(default_factory=list)
+
+    def start(self) -> None:
+        self.starts += 1
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command, env=self.env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=2) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+        except OSError:
+            return 0, b""
+
+    def is_ready(self) -> bool:
+        return self.get("/health/ready")[0] == 200
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of a metric's samples that have these labels, 0 when it does not answer."""
+        total = 0.0
+        for line in self.get("/metrics")[1].decode().splitlines():
+            head, _, value = line.rpartition(" ")
+            if head.partition("{")[0] == name and all(f'{k}="{v}"' in head for k, v in labels.items()):
+                total += float(value)
+        return total
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+class System:
+    """An environment of its own on the session's stack: topics, workers, readers."""
+
+    def __init__(self, stack: Stack, folder: Path, specs: Iterable[TopicSpec] | None = None, *, partitions: int = PARTITIONS) -> None:
+        self.stack = stack
+        self.folder = folder
+        self.name = f"t{os.getpid()}x{next(_counter)}"
+        self.specs = list(specs if specs is not None else all_topics())
+        self.partitions = partitions
+        self.workers: dict[str, WorkerProcess] = {}
+        self._supervising = True
+        self.admin = AdminClient({"bootstrap.servers": stack.kafka})
+        key = base64.b64encode(bytes(range(32))).decode()
+        self.variables = {
+            "NOTIFY_ENV": self.name,
+            "NOTIFY_KAFKA_BOOTSTRAP": stack.kafka,
+            "NOTIFY_REGISTRY_URL": stack.registry,
+            "NOTIFY_SEAL_KEY": key,
+            "NOTIFY_TOKEN_KEY": key,
+            "NOTIFY_SMTP_URL": stack.mail_smtp,
+            "NOTIFY_PARTITIONS": str(partitions),
+            "NOTIFY_INBOUND_PARTITIONS": str(partitions),
+            "NOTIFY_SESSION_TIMEOUT_SECONDS": "6",
+            "NOTIFY_DATA_DIR": str(folder / "client"),
+        }
+        self.settings = Settings.from_env(self.variables, needs=CLIENT_NEEDS)
+        wanted = targets(self.specs, env=self.name, partitions=partitions, inbound_partitions=partitions, replication=1)
+        apply(self.admin, plan(self.admin, wanted))
+        threading.Thread(target=self._supervise, daemon=True).start()
+
+    def topic(self, name: str) -> str:
+        return physical(self.name, name)
+
+    # ---- workers
+
+    def start(self, role: str, *, name: str = "a", module: str = "", is_static: bool = True, **env: str) -> WorkerProcess:
+        """Start a worker of `role`; `module`: a test's own app instead of the product's."""
+        port = choose_port(taken=[worker.port for worker in self.workers.values()])
+        variables = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("NOTIFY_")},
+            **self.variables,
+            "NOTIFY_ROLE": role,
+            "NOTIFY_WEB_PORT": str(port),
+            "NOTIFY_DATA_DIR": str(self.folder / f"{role}-{name}"),
+            **({"NOTIFY_WORKER_NAME": f"{role}-{name}"} if is_static else {}),
+            **env,
+        }
+        target = ["-m", module, "worker"] if module else ["-m", "faust", "-A", "streams.app", "worker"]
+        worker = WorkerProcess(
+            name=f"{role}-{name}",
+            command=[sys.executable, *target, "-l", "info"],
+            env=variables,
+            log=self.folder / f"{role}-{name}.log",
+            port=port,
+        )
+        worker.start()
+        self.workers[worker.name] = worker
+        return worker
+
+    def await_ready(self, *workers: WorkerProcess, seconds: float = 60) -> None:
+        for worker in workers or self.workers.values():
+            wait_for(worker.is_ready, seconds=seconds, what=f"{worker.name} ready\n{worker.log_text()[-3000:]}")
+
+    def stop(self, worker: WorkerProcess, *, seconds: float = 40) -> None:
+        """Stop a worker in good order and do not start it again."""
+        worker.is_wanted = False
+        assert worker.process is not None
+        worker.process.terminate()
+        worker.process.wait(seconds)
+
+    def close(self) -> None:
+        self._supervising = False
+        for worker in self.workers.values():
+            worker.is_wanted = False
+            if worker.process is not None and worker.process.poll() is None:
+                worker.process.send_signal(signal.SIGCONT)
+                worker.process.kill()
+                worker.process.wait()
+
+    def _supervise(self) -> None:
+        pause = threading.Event()
+        while self._supervising:
+            for worker in list(self.workers.values()):
+                if worker.process is not None and worker.is_wanted and (code := worker.process.poll()) is not None:
+                    worker.exits.append(code)
+                    worker.start()
+            pause.wait(0.1)
+
+    # ---- topics
+
+    def produce(self, topic: str, records: Iterable[tuple[bytes | None, bytes | None]], **config: object) -> None:
+        """Publish (key, value) records, with the Java client's partitioner unless `config` says otherwise."""
+        options: dict[str, object] = {"partitioner": "murmur2_random", "linger.ms": 5, "enable.idempotence": True, "message.max.bytes": 1_200_000}
+        producer = Producer({"bootstrap.servers": self.stack.kafka, **options, **{k.replace("_", "."): v for k, v in config.items()}})
+        failed: list[KafkaError] = []
+        for key, value in records:
+            while True:
+                try:
+                    producer.produce(self.topic(topic), value, key, on_delivery=lambda error, _m: failed.append(error) if error else None)
+                    break
+                except BufferError:
+                    producer.poll(0.1)
+            producer.poll(0)
+        assert producer.flush(60) == 0
+        assert not failed, failed[:3]
+
+    def read(self, topic: str) -> list[Message]:
+        """Return every committed record of a topic, to the end that it has now."""
+        return list(self.follow(topic))
+
+    def follow(self, topic: str) -> Iterator[Message]:
+        consumer = Consumer(
+            {
+                "bootstrap.servers": self.stack.kafka,
+                "group.id": f"read-{self.name}",
+                "enable.auto.commit": False,
+                "isolation.level": "read_committed",
+                "enable.partition.eof": True,
+                "auto.offset.reset": "earliest",
+            }
+        )
+        name = self.topic(topic)
+        partitions = range(len(self.admin.list_topics(name).topics[name].partitions))
+        consumer.assign([TopicPartition(name, partition, 0) for partition in partitions])
+        remaining = set(partitions)
+        try:
+            while remaining:
+                for message in consumer.consume(5_000, 0.2):
+                    if message.error() is None:
+                        yield message
+                    elif message.error().code() == KafkaError._PARTITION_EOF:
+                        remaining.discard(message.partition())
+        finally:
+            consumer.close()
+
+    def count(self, topic: str) -> int:
+        return sum(1 for _ in self.follow(topic))
+
+    def rows(self, topic: str) -> dict[bytes, bytes]:
+        """Return what a compacted topic says."""
+        found: dict[bytes, bytes] = {}
+        for message in self.follow(topic):
+            if message.value() is None:
+                found.pop(message.key(), None)
+            else:
+                found[message.key()] = message.value()
+        return found
+
+    # ---- mail
+
+    def mails(self) -> Counter[str]:
+        """Return how often the mail server accepted each delivery of this environment's users."""
+        with urllib.request.urlopen(f"{self.stack.mail_http}/api/counts?header=X-Notify-Delivery", timeout=30) as answer:
+            return Counter(json.loads(answer.read()))
+
+
+@contextlib.contextmanager
+def system(stack: Stack, folder: Path, specs: Iterable[TopicSpec] | None = None, *, partitions: int = PARTITIONS) -> Iterator[System]:
+    made = System(stack, folder, specs, partitions=partitions)
+    try:
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,97 @@
+"""A step that counts records by key, on the product's own runner: the smallest thing whose every mistake shows.
+
+Output `value:n` for the n-th record of a key. Values that begin with `bug` raise, with `large` become too large for the
+output topic, with `slow` take 20 ms. TALLY_FAULT=`<point>:<n>` kills the worker at the n-th passage of a point.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+
+from confluent_kafka import Message
+
+from agents.ports import Effects, Output, Row, Source, State
+from schemas import topics
+from schemas.codec import Codec
+from schemas.errors import UndecodableError
+from streams.app import Plan, Worker, build_app
+from streams.roles import Role
+from streams.runner import Input, Tools
+from streams.settings import WORKER_NEEDS, Settings
+from streams.topics import DEAD_MAX_BYTES, TopicSpec
+from streams.topology import Step
+
+READS = ("tally.urgent", "tally.in")
+OUT = "tally.out"
+STEP = Step(name="tally", role=Role.SIGNALS, reads=READS, tables=(("counts", None),), writes=(OUT,))
+TOPICS = (
+    *(TopicSpec(name=name) for name in READS),
+    TopicSpec(name=OUT, max_message_bytes=50_000),
+    TopicSpec(name=topics.DEAD, max_message_bytes=DEAD_MAX_BYTES),
+    *(TopicSpec(name=name, retention_seconds=None) for name in STEP.changelogs().values()),
+)
+
+
+def decode(message: Message) -> bytes:
+    value = message.value()
+    if value is None or value.startswith(b"\xff"):
+        raise UndecodableError("begins with ff")
+    return bytes(value)
+
+
+def decide(value: bytes, source: Source, state: State) -> Effects:
+    assert source.key is not None
+    if value.startswith(b"bug"):
+        raise ZeroDivisionError
+    if value.startswith(b"slow"):
+        time.sleep(0.02)
+    n = int(state["counts"].get(source.key, b"0")) + 1
+    text = b"%s:%d" % (value, n)
+    if value.startswith(b"large"):
+        text = text.ljust(200_000, b".")
+    return Effects([Output(OUT, source.key, text)], [Row("counts", source.key, b"%d" % n)])
+
+
+def inputs(_step: Step, _codec: Codec) -> Mapping[str, Input]:
+    return dict.fromkeys(READS, Input(decode=decode, decide=decide))
+
+
+def fault(spec: str) -> Callable[[str], None]:
+    """Return a hook that kills this process at the n-th passage of a point."""
+    point, _, count = spec.partition(":")
+    left = int(count)
+
+    def passed(name: str) -> None:
+        nonlocal left
+        if name == point:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return passed
+
+
+def tune(tools: Tools) -> None:
+    if spec := os.environ.get("TALLY_FAULT"):
+        tools.fault = fault(spec)
+    if os.environ.get("TALLY_BLIND"):
+        # the runner believes that everything fits, so that the broker is the one to refuse
+        tools.names = type(tools.names)(
+            physical=tools.names.physical,
+            logical=tools.names.logical,
+            specs={**tools.names.specs, OUT: TopicSpec(name=OUT, max_message_bytes=DEAD_MAX_BYTES)},
+            partitions=tools.names.partitions,
+            ids=tools.names.ids,
+        )
+
+
+def make() -> Worker:
+    settings = Settings.from_env({k: v for k, v in os.environ.items() if k.startswith("NOTIFY_")}, needs=WORKER_NEEDS)
+    return build_app(settings, Plan(steps=(STEP,), topics=TOPICS, inputs=inputs, tune=tune))
+
+
+if __name__ == "__main__":
+    make().main()

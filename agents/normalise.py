@@ -25,9 +25,11 @@ DEFAULT_CURRENCY = "USD"
 
 # currencies whose minor unit is not a hundredth. Source: ISO 4217 list one
 _DECIMALS = (
-    dict.fromkeys("BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF".split(), 0)
-    | dict.fromkeys("BHD IQD JOD KWD LYD OMR TND".split(), 3)
-    | dict.fromkeys("CLF UYW".split(), 4)
+    dict.fromkeys(
+        ("BIF", "CLP", "DJF", "GNF", "ISK", "JPY", "KMF", "KRW", "PYG", "RWF", "UGX", "UYI", "VND", "VUV", "XAF", "XOF", "XPF"), 0
+    )
+    | dict.fromkeys(("BHD", "IQD", "JOD", "KWD", "LYD", "OMR", "TND"), 3)
+    | dict.fromkeys(("CLF", "UYW"), 4)
 )
 _QUANTA = {decimals: Decimal(1).scaleb(-decimals) for decimals in (0, 2, 3, 4)}
 
@@ -39,7 +41,15 @@ _LATEST_MILLIS = 7_258_118_400_000
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
-_NAMES = {"paypal": "PayPal", "applepay": "Apple Pay", "googlepay": "Google Pay", "amex": "American Express", "jcb": "JCB", "ach": "ACH", "sepa": "SEPA"}
+_NAMES = {
+    "paypal": "PayPal",
+    "applepay": "Apple Pay",
+    "googlepay": "Google Pay",
+    "amex": "American Express",
+    "jcb": "JCB",
+    "ach": "ACH",
+    "sepa": "SEPA",
+}
 
 
 class PaymentStatus(StrEnum):
@@ -138,7 +148,7 @@ class _Fields:
 
     def id(self, *names: str) -> str | None:
         path, value = self.find(*names)
-        if isinstance(value, UUID) or (isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 64):  # noqa: PLR2004 - an Avro long
+        if isinstance(value, UUID) or (isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 64):
             value = str(value)
         if value is None:
             return None
@@ -197,7 +207,7 @@ def _currency(fields: _Fields) -> str:
     if value is None:
         return DEFAULT_CURRENCY
     text = _text(path, value)
-    if not (len(text) == 3 and text.isascii() and text.isalpha()):  # noqa: PLR2004 - ISO 4217
+    if not (len(text) == 3 and text.isascii() and text.isalpha()):
         raise InvalidEventError(path, "is no ISO 4217 code of three letters")
     return text.upper()
 
@@ -219,7 +229,7 @@ def _amount(fields: _Fields, currency: str) -> Decimal | None:
         raise InvalidEventError(path, "is negative")
     if amount > MAX_AMOUNT:
         raise InvalidEventError(path, f"is above {MAX_AMOUNT}")
-    # copy_abs: -0.0 is 0
+    # without the sign that -0.0 keeps
     return amount.quantize(_QUANTA[_DECIMALS.get(currency, 2)], rounding=ROUND_HALF_UP).copy_abs()
 
 

@@ -202,7 +202,7 @@ class Router:
     ) -> Delivery:
         assert choice.address is not None
         assert request.accepted_at is not None
-        parts = self.templates.render(rule.template, choice.channel, request.data)
+        parts = self.templates.render(rule.template, choice.channel, {"name": name or "", **request.data})
         content = Content(address=choice.address, name=name, **parts)
         return Delivery(
             delivery_id=delivery_id(identity, choice.channel),

@@ -94,9 +94,14 @@ def _camel(name: str) -> str:
     return head + "".join(part.capitalize() for part in rest)
 
 
-@cache
+_shapes: dict[type[Any], _Shape] = {}
+
+
 def _shape(kind: type[Any]) -> _Shape:
-    return _Shape(kind, [f["name"] for f in json.loads(schema_text(kind.__name__))["fields"]])
+    found = _shapes.get(kind)
+    if found is None:
+        found = _shapes[kind] = _Shape(kind, [f["name"] for f in json.loads(schema_text(kind.__name__))["fields"]])
+    return found
 
 
 def pack(message: messages.Message) -> bytes:

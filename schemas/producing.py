@@ -73,7 +73,7 @@ def _record(schema: Schema, value: Mapping[str, object], path: str) -> dict[str,
     return {field["name"]: _value(field["type"], value.get(field["name"]), prefix + field["name"]) for field in schema["fields"]}
 
 
-def _value(schema: Schema, value: object, path: str) -> object:
+def _value(schema: Schema, value: object, path: str) -> object:  # noqa: C901 - an arm a type
     match schema:
         case list():  # every field here is null or one type
             return None if value is None else _value(schema[1], value, path)

@@ -37,7 +37,7 @@ from schemas.errors import (
     UndecodableError,
     UnknownSchemaError,
 )
-from schemas.ids import partition_of
+from schemas.ids import digest, partition_of
 from schemas.messages import (
     Command,
     DecisionRecord,
@@ -401,7 +401,7 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
         topic_partitions=settings.partitions,
         table_standby_replicas=0,
         consumer_auto_offset_reset="earliest",
-        consumer_group_instance_id=f"{settings.worker_name}-{settings.role}" if settings.worker_name else None,
+        consumer_group_instance_id=_static_member(settings),
         broker_commit_interval=1.0,
         broker_session_timeout=settings.session_timeout_seconds,
         broker_heartbeat_interval=min(2.0, settings.session_timeout_seconds / 3),
@@ -435,6 +435,16 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
     else:
         install_operations(app, operations)
     return app
+
+
+def _static_member(settings: Settings) -> str | None:
+    """Return the worker's static member id. The address is in it: the broker hands a returning member its old assignment.
+
+    Faust's assignor puts each member's URL into the assignment and refuses one with another URL than its own.
+    """
+    if settings.worker_name is None:
+        return None
+    return f"{settings.worker_name}-{settings.role}-{digest(settings.web_host, str(settings.web_port), size=4)}"
 
 
 def _bind(app: Worker, step: Step) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar, cast
 
-from confluent_kafka import OFFSET_INVALID, ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, but not said so
     AdminClient,
     AlterConfigOpType,
@@ -152,7 +152,8 @@ def apply(admin: AdminClient, changes: Sequence[Change]) -> None:
 def check_partitions(admin: AdminClient, wanted: Iterable[Target]) -> None:
     """Return when every topic of `wanted` is there with its number of partitions.
 
-    Raises SettingsError with a sentence for those that are missing and one for each wrong count. A worker that went on would look for keys in the wrong partitions.
+    Raises SettingsError with a sentence for those that are missing and one for each wrong count.
+    A worker that went on would look for keys in the wrong partitions.
     """
     found = admin.list_topics(timeout=ANSWER_SECONDS).topics
     missing: list[str] = []
@@ -201,11 +202,7 @@ def committed_offsets(admin: AdminClient, group: str, places: Sequence[TopicPart
             if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
                 continue
             raise
-        found |= {
-            (place.topic, place.partition): place.offset
-            for place in answer.topic_partitions
-            if place.offset > OFFSET_INVALID and place.offset >= 0
-        }
+        found |= {(place.topic, place.partition): place.offset for place in answer.topic_partitions if place.offset >= 0}
     return found
 
 

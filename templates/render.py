@@ -63,10 +63,15 @@ def paragraphs(text: str) -> list[list[str]]:
     return [paragraph.split("\n") for paragraph in re.split(r"\n[ \n]*\n", text.strip())]
 
 
+def filled(details: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return those pairs of label and value whose value is not empty."""
+    return [(label, value) for label, value in details if value]
+
+
 # what a template may use although not every request has it
 _OPTIONAL = {"name": ""}
 
-_FILTERS: dict[str, Callable[..., object]] = {"money": money, "sentence": sentence, "paragraphs": paragraphs}
+_FILTERS: dict[str, Callable[..., object]] = {"money": money, "sentence": sentence, "paragraphs": paragraphs, "filled": filled}
 
 
 def cleaned(value: str) -> str:
@@ -116,7 +121,8 @@ class Templates:
     def render(self, template: str, channel: str, data: Mapping[str, str]) -> dict[str, str]:
         """Return the parts of `template` for `channel`, such as title and message, filled with `data`.
 
-        Subjects and titles are one line. `data` may hold the recipient's `name`. Raises TemplateError, which names template and part, when a placeholder is not
+        Subjects and titles are one line. `data` may hold the recipient's `name`, which mails greet him by.
+        Raises TemplateError, which names template and part, when a placeholder is not
         in `data` (it names that too), or when a part is larger than 100 KiB.
         """
         parts = self._parts.get((template, channel))

@@ -23,10 +23,15 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from fastavro import parse_schema
+
+from schemas.codec import frame, unpack
+from schemas.producing import choose, to_record
 from streams.embedded.processes import choose_port
 from streams.embedded.stack import Stack
 from streams.provisioning import apply, plan, targets
 from streams.settings import CLIENT_NEEDS, Settings
+from streams.tokens import issue
 from streams.topics import TopicSpec, physical
 from streams.topology import all_topics
 
@@ -109,6 +114,7 @@ class System:
         self.partitions = partitions
         self.workers: dict[str, WorkerProcess] = {}
         self._supervising = True
+        self._foreign: dict[str, tuple[int, Any]] = {}
         self.admin = AdminClient({"bootstrap.servers": stack.kafka})
         key = base64.b64encode(bytes(range(32))).decode()
         self.variables = {
@@ -245,6 +251,61 @@ class System:
             else:
                 found[message.key()] = message.value()
         return found
+
+    # ---- the product's own ways in
+
+    def notify(self, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run the command `notify` against this environment."""
+        command = [sys.executable, "-c", "from streams.cli import main; main()", *arguments]
+        env = {**{k: v for k, v in os.environ.items() if not k.startswith("NOTIFY_")}, **self.variables}
+        return subprocess.run(command, env=env, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+
+    def load_preferences(self, rows: Iterable[Mapping[str, object]]) -> None:
+        done = self.notify("prefs", "load", "-", stdin="".join(json.dumps(row) + "\n" for row in rows))
+        assert done.returncode == 0, done.stderr
+
+    def frame_payments(self, payments: Iterable[Mapping[str, object]]) -> list[tuple[bytes | None, bytes]]:
+        """Return payments, of either shape, as their service publishes them."""
+        found: list[tuple[bytes | None, bytes]] = []
+        for payment in payments:
+            stem = choose(payment)
+            if stem not in self._foreign:
+                text = (ROOT / "schemas" / "foreign" / f"{stem}.avsc").read_text()
+                self._foreign[stem] = (self.register(f"{self.topic('payments')}-{stem}", text), parse_schema(json.loads(text)))
+            schema_id, schema = self._foreign[stem]
+            key = str(payment.get("paymentId") or payment.get("id") or "").encode()
+            found.append((key or None, frame(schema_id, schema, to_record(stem, payment))))
+        return found
+
+    def register(self, subject: str, text: str) -> int:
+        """Register a schema and return its id."""
+        body = json.dumps({"schema": text, "schemaType": "AVRO"}).encode()
+        request = urllib.request.Request(
+            f"{self.stack.registry}/subjects/{subject}/versions", body, {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return int(json.loads(answer.read())["id"])
+
+    def decode(self, message: Message, kind: type[Any]) -> Any:
+        """Return a record of one of our topics as its message."""
+        raw = message.value()
+        return unpack(raw[5:], kind)
+
+    def web(self, path: str, *, user: str | None = None, method: str = "GET") -> tuple[int, Any]:
+        """Ask the worker of role views. `user` None: with the service scope."""
+        token = issue(self.settings.token_key, user_id=user)
+        port = self.workers["views-a"].port
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {token}"}, method=method
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                body = answer.read()
+                return answer.status, json.loads(body) if body else None
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read() or b"null")
+        except OSError:
+            return 0, None
 
     # ---- mail
 

@@ -131,7 +131,7 @@ def _web_url(settings: Settings) -> str:
 
 
 def _folders(environ: Mapping[str, str]) -> list[Path]:
-    folders = [Path(tempfile.gettempdir()) / f"flowmart-notify-{os.getuid()}"]
+    folders = [Path(environ.get("TMPDIR") or tempfile.gettempdir()) / f"flowmart-notify-{os.getuid()}"]
     runtime = environ.get("XDG_RUNTIME_DIR", "")
     with contextlib.suppress(OSError):
         if runtime and Path(runtime).stat().st_uid == os.getuid():  # `su` and `sudo -E` keep the other user's

@@ -202,7 +202,7 @@ def _workers(admin: AdminClient, metadata: ClusterMetadata, settings: Settings) 
         if members == 0 and lag is None:
             yield Check(part=f"worker {role}", state=State.SKIPPED, found="has never run here")
         elif members == 0:
-            yield _failed(f"worker {role}", f"none runs{waiting}", f"Start one: NOTIFY_ROLE={role} faust -A streams.app worker")
+            yield _failed(f"worker {role}", f"none runs{waiting}", f"Start one with `NOTIFY_ROLE={role} faust -A streams.app worker`")
         elif state is ConsumerGroupState.STABLE:
             yield Check(part=f"worker {role}", state=State.PASSED, found=f"{members} run{'s' if members == 1 else ''}{waiting}")
         else:

@@ -110,7 +110,11 @@ class Reader:
     def more(self, timeout_seconds: float) -> list[Message]:
         """Return the next records, at most `timeout_seconds` later; none when none came."""
         records: list[Message] = []
-        for message in self._consumer.consume(FETCH_RECORDS, timeout_seconds):
+        first = self._consumer.poll(timeout_seconds)
+        if first is None:
+            return records
+        # a batch alone would wait the whole time-out for its last record
+        for message in (first, *self._consumer.consume(FETCH_RECORDS, 0)):
             error = message.error()
             if error is None:
                 records.append(message)

@@ -23,8 +23,14 @@ from streams.topics import physical
 SILENCE_SECONDS = 20.0
 
 
-def ensure_keys(
-    settings: Settings, wire: Wire, codec: Codec, users: Collection[str], *, progress: Progress | None = None
+def ensure_keys(  # noqa: PLR0913
+    settings: Settings,
+    wire: Wire,
+    codec: Codec,
+    users: Collection[str],
+    *,
+    progress: Progress | None = None,
+    silence_seconds: float = SILENCE_SECONDS,
 ) -> dict[str, bytes]:
     """Return the key of each of `users`; the router makes those that are missing.
 
@@ -51,7 +57,7 @@ def ensure_keys(
         missing = wanted - wrapped.keys()
         if missing:
             ask_for_keys(settings, codec, missing)
-            _await_keys(reader, take, lambda: len(wanted) - len(wrapped), len(missing), progress)
+            _await_keys(reader, take, lambda: len(wanted) - len(wrapped), len(missing), progress, silence_seconds)
     return {user: unwrap(settings.seal_key, key, user_id=user) for user, key in wrapped.items()}
 
 
@@ -78,16 +84,18 @@ def ask_for_keys(settings: Settings, codec: Codec, users: Collection[str]) -> No
     publisher.require_all()
 
 
-def _await_keys(reader: Reader, take: Callable[[Message], None], left: Callable[[], int], asked: int, progress: Progress | None) -> None:
-    deadline = time.monotonic() + SILENCE_SECONDS
+def _await_keys(  # noqa: PLR0913, PLR0917 - private, called once
+    reader: Reader, take: Callable[[Message], None], left: Callable[[], int], asked: int, progress: Progress | None, silence_seconds: float
+) -> None:
+    deadline = time.monotonic() + silence_seconds
     while (before := left()) > 0:
         for message in reader.more(0.2):
             take(message)
         if left() < before:
-            deadline = time.monotonic() + SILENCE_SECONDS
+            deadline = time.monotonic() + silence_seconds
         elif time.monotonic() > deadline:
             raise CliError(
-                f"{left():,} of {asked:,} new users got no key within {SILENCE_SECONDS:.0f} s, so their contacts cannot be sealed. "
+                f"{left():,} of {asked:,} new users got no key within {silence_seconds:g} s, so their contacts cannot be sealed. "
                 "Is the router running? `notify doctor` says; nothing was stored, so the command can simply be repeated."
             )
         if progress is not None:

@@ -379,7 +379,7 @@ def _text(value: Mapping[str, object], name: str) -> str | None:
 def _is_zone(name: str) -> bool:
     try:
         ZoneInfo(name)
-    except (ValueError, OSError):
+    except (KeyError, ValueError, OSError):  # unknown, not a name at all, a folder of names
         return False
     return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,13 +33,13 @@ LINKED = Templates(
 PARTS = {Channel.EMAIL: {"subject", "text", "html"}, Channel.IN_APP: {"title", "message"}}
 
 
-def _data() -> Iterator[tuple[str, Mapping[str, str]]]:
+def _data() -> Iterator[tuple[str, dict[str, str]]]:
     source = Source(topic="payments", partition=0, offset=0, at=datetime(2026, 1, 2, tzinfo=UTC))
     bare = {"status": "confirmed", "userId": "u1"}
     for payment in [*samples("payments")[:4], bare, bare | {"status": "failed"}, bare | {"status": "pending"}]:
         (output,) = ingest_payment(payment, source, b"").outputs
         assert isinstance(output.value, NotificationRequested)
-        yield output.value.rule, output.value.data
+        yield output.value.rule, dict(output.value.data)
     yield "message", {"title": "Your parcel has arrived", "message": "Collect it by Friday.\nBring a photo ID.\n\nYour code is 4471."}
 
 
@@ -85,7 +85,7 @@ def test_each_rule_is_in_the_cases() -> None:
 
 @pytest.mark.parametrize("templates", [TEMPLATES, LINKED])
 @pytest.mark.parametrize(("rule", "channel", "data"), CASES)
-def test_each_rule_reads_well_on_each_channel(templates: Templates, rule: str, channel: Channel, data: Mapping[str, str]) -> None:
+def test_each_rule_reads_well_on_each_channel(templates: Templates, rule: str, channel: Channel, data: dict[str, str]) -> None:
     parts = templates.render(RULES[rule].template, channel, data)
     assert parts.keys() == PARTS[channel]
     for part, text in parts.items():
@@ -154,34 +154,44 @@ def test_mails_are_fit_for_mail_programs() -> None:
 
 # hostile data
 
-HOSTILE = ["{{7*7}}", "{% for x in range(9) %}x{% endfor %}", "{{ ''.__class__.__mro__ }}", "{# hidden #}", "<script>alert(1)</script>", "\"'><b onload=x>", "&amp;"]
+HOSTILE = [
+    "{{7*7}}",
+    "{% for x in range(9) %}x{% endfor %}",
+    "{{ ''.__class__.__mro__ }}",
+    "{# hidden #}",
+    "<script>alert(1)</script>",
+    "\"'><b onload=x>",
+    "&amp;",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize(("rule", "channel", "data"), CASES[:8] + CASES[-2:])
-def test_data_are_never_templates_nor_tags(rule: str, channel: Channel, data: Mapping[str, str], text: str) -> None:
+def test_data_are_never_templates_nor_tags(rule: str, channel: Channel, data: dict[str, str], text: str) -> None:
     hostile = dict.fromkeys(data, text) | {"name": text}
     parts = LINKED.render(RULES[rule].template, channel, hostile)
     for part, rendered in parts.items():
-        assert "49" not in rendered.replace("#5a6875", "")
+        if text == "{{7*7}}":
+            assert "49" not in rendered
         if part == "html":
             page = _Balance(rendered)
             assert text in page.text
             assert (page.open, page.wrong) == ([], [])
             assert "<script" not in rendered
             assert "<b " not in rendered
-        elif text in rendered or part != "title":
-            assert text in rendered or RULES[rule].template != "message"
+        elif part in {"text", "message"}:
+            assert text in rendered
 
 
 def test_an_order_id_cannot_leave_its_place_in_an_address() -> None:
-    html = LINKED.render("payment_confirmed", "email", CONFIRMED | {"orderId": "x\" onclick=\"y?a=b#c d"})["html"]
+    html = LINKED.render("payment_confirmed", "email", CONFIRMED | {"orderId": 'x" onclick="y?a=b#c d'})["html"]
     assert "https://www.flowmart.example/orders/x%22%20onclick%3D%22y%3Fa%3Db%23c%20d" in _Balance(html).addresses
 
 
 def test_data_cannot_set_links_or_what_a_layout_asks_for() -> None:
-    names = ("orders_url", "preferences_url", "help_url", "action", "details", "tone", "heading", "preheader", "because", "accent", "tint", "total")
-    evil = dict.fromkeys(names, "https://evil.example")
+    links = ("orders_url", "preferences_url", "help_url")
+    of_layouts = ("action", "details", "rows", "tone", "heading", "preheader", "because", "total")
+    evil = dict.fromkeys(links + of_layouts, "https://evil.example")
     for templates in (TEMPLATES, LINKED):
         for rule, channel, data in CASES:
             assert templates.render(RULES[rule].template, channel, evil | data) == templates.render(RULES[rule].template, channel, data)
@@ -202,7 +212,7 @@ def test_a_subject_has_a_bound() -> None:
 
 
 @given(st.text(alphabet=st.characters(codec=None), max_size=60), st.sampled_from(CASES))
-def test_no_control_or_reordering_character_gets_through(text: str, case: tuple[str, Channel, Mapping[str, str]]) -> None:
+def test_no_control_or_reordering_character_gets_through(text: str, case: tuple[str, Channel, dict[str, str]]) -> None:
     rule, channel, data = case
     for part, rendered in TEMPLATES.render(RULES[rule].template, channel, dict.fromkeys(data, text) | {"name": text}).items():
         rendered.encode()
@@ -222,7 +232,7 @@ def test_other_scripts_and_emoji_get_through() -> None:
 
 
 @pytest.mark.parametrize(("rule", "channel", "data"), CASES)
-def test_a_missing_placeholder_is_named_with_template_and_part(rule: str, channel: Channel, data: Mapping[str, str]) -> None:
+def test_a_missing_placeholder_is_named_with_template_and_part(rule: str, channel: Channel, data: dict[str, str]) -> None:
     with pytest.raises(TemplateError) as caught:
         TEMPLATES.render(RULES[rule].template, channel, {})
     assert re.fullmatch(rf"{rule}/{channel}\.\w+: '(\w+)' is undefined", str(caught.value))
@@ -269,7 +279,7 @@ def test_a_broken_or_unsafe_template_is_a_template_error(tmp_path: Path, source:
 def test_a_file_that_names_no_part_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "title.j2").write_text("a")
-    with pytest.raises(TemplateError, match="t/title.j2"):
+    with pytest.raises(TemplateError, match=r"t/title\.j2"):
         Templates(tmp_path)
 
 

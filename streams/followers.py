@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from streams.transport.admin import offset_bounds
 from streams.transport.changelog import reading_config
@@ -75,9 +75,10 @@ class Follower:
         return found
 
     def _run(self, rows: dict[int, dict[bytes, bytes]], positions: dict[int, int], stopping: threading.Event) -> None:
-        consumer = Consumer(reading_config(self._cluster, self._group))
+        consumer = Consumer(reading_config(self._cluster, self._group, fetch_wait_ms=500))
         try:
-            consumer.assign([TopicPartition(self._topic, partition, OFFSET_BEGINNING) for partition in rows])
+            firsts = offset_bounds(self._cluster, [(self._topic, partition) for partition in rows])
+            consumer.assign([TopicPartition(self._topic, partition, firsts[(self._topic, partition)][0]) for partition in rows])
             while not stopping.is_set():
                 first = consumer.poll(_POLL_SECONDS)
                 if first is None:

@@ -7,7 +7,7 @@ made where they are missing (a laptop) and never altered.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
@@ -144,7 +144,6 @@ def apply(admin: AdminClient, changes: Sequence[Change]) -> None:
     altered = [change for change in changes if change.action is Action.ALTER]
     if created:
         _create(admin, created)
-        _await_visible(admin, created)
     if altered:
         _alter(admin, altered)
 
@@ -251,11 +250,7 @@ def _compare(target: Target, topic: TopicMetadata, config: Mapping[str, ConfigEn
         return Change(target=target, action=Action.REFUSE, differences=(difference,), problem=problem)
     if not target.is_ours:
         return Change(target=target, action=Action.KEEP)
-    differences = tuple(
-        Difference(setting=name, found=found.value if (found := config.get(name)) is not None else None, wanted=value)
-        for name, value in target.config.items()
-        if name not in config or not _is_same(config[name], value)
-    )
+    differences = _differences(target, config)
     replicas = min((len(partition.replicas) for partition in topic.partitions.values()), default=0)
     advice = None
     if replicas < target.replication:
@@ -265,6 +260,14 @@ def _compare(target: Target, topic: TopicMetadata, config: Mapping[str, ConfigEn
         )
     action = Action.ALTER if differences else Action.KEEP
     return Change(target=target, action=action, differences=differences, advice=advice)
+
+
+def _differences(target: Target, config: Mapping[str, ConfigEntry]) -> tuple[Difference, ...]:
+    return tuple(
+        Difference(setting=name, found=found.value if (found := config.get(name)) is not None else None, wanted=value)
+        for name, value in target.config.items()
+        if name not in config or not _is_same(config[name], value)
+    )
 
 
 def _is_same(entry: ConfigEntry, wanted: str) -> bool:
@@ -304,7 +307,7 @@ def _create(admin: AdminClient, created: Sequence[Target]) -> None:
             _result(future)
         except KafkaException as error:
             code = error.args[0].code()
-            if code == KafkaError.TOPIC_ALREADY_EXISTS:  # somebody else was faster; the next run compares it
+            if code == KafkaError.TOPIC_ALREADY_EXISTS:  # somebody else was faster; its partitions are checked below
                 continue
             if code == KafkaError.INVALID_REPLICATION_FACTOR:
                 brokers = len(admin.list_topics(timeout=ANSWER_SECONDS).brokers)
@@ -315,24 +318,25 @@ def _create(admin: AdminClient, created: Sequence[Target]) -> None:
                 raise SettingsError([problem]) from error
             raise
 
-
-def _await_visible(admin: AdminClient, created: Sequence[Target]) -> None:
-    # the controller has made them; brokers learn of it a moment later
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while True:
+    def missing() -> list[str]:
         found = admin.list_topics(timeout=ANSWER_SECONDS).topics
-        missing = [target.name for target in created if not _has_leaders(found.get(target.name), target.partitions)]
-        if not missing:
-            return
+        return [target.name for target in created if not _has_leaders(found.get(target.name))]
+
+    _await(missing, "was created, but has no leaders yet")
+    check_partitions(admin, created)
+
+
+def _await(missing: Callable[[], list[str]], problem: str) -> None:
+    """Return when nothing is missing: the controller has agreed, and brokers learn of it a moment later."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while names := missing():
         if time.monotonic() > deadline:
-            raise SettingsError([f"the topic {missing[0]} was created, but has no leaders yet: are all brokers up?"])
+            raise SettingsError([f"the topic {names[0]} {problem} after {VISIBLE_SECONDS:.0f} s: look whether all brokers are up"])
         time.sleep(_POLL_SECONDS)
 
 
-def _has_leaders(topic: TopicMetadata | None, partitions: int) -> bool:
-    if topic is None or len(topic.partitions) != partitions:
-        return False
-    return all(partition.leader >= 0 for partition in topic.partitions.values())
+def _has_leaders(topic: TopicMetadata | None) -> bool:
+    return topic is not None and bool(topic.partitions) and all(partition.leader >= 0 for partition in topic.partitions.values())
 
 
 def _alter(admin: AdminClient, altered: Sequence[Change]) -> None:
@@ -351,6 +355,13 @@ def _alter(admin: AdminClient, altered: Sequence[Change]) -> None:
     ]
     for future in admin.incremental_alter_configs(resources, request_timeout=ANSWER_SECONDS).values():
         _result(future)
+    names = [change.target.name for change in altered]
+
+    def missing() -> list[str]:
+        configs = describe(admin, names)
+        return [change.target.name for change in altered if _differences(change.target, configs[change.target.name])]
+
+    _await(missing, "was altered, but is not yet kept so")
 
 
 def _check_offsets(places: Sequence[TopicPartition]) -> None:

@@ -66,6 +66,8 @@ class Reader:
         )
         self._consumer = Consumer(config)
         self._topic = topic
+        # before the assignment: else librdkafka looks for the leaders at its leisure, half a second later
+        self._consumer.list_topics(topic, timeout=ANSWER_SECONDS)
         starts = partitions if isinstance(partitions, Mapping) else dict.fromkeys(partitions, OFFSET_BEGINNING)
         self._starts = starts
         self._ended: set[int] = set()
@@ -142,6 +144,8 @@ class Publisher:
             },
         )
         self._producer = Producer(cast("dict[str, Any]", config))
+        # says at once when nobody answers, and saves the half second after which the idempotent producer looks again
+        self._producer.list_topics(timeout=ANSWER_SECONDS)
         self.delivered = 0
         self.failures: list[Failure] = []
         # (topic, partition) -> offset and timestamp in milliseconds of the last record there

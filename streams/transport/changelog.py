@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
+from streams.transport.admin import offset_bounds
 from streams.transport.cluster import Cluster
 
 _CHUNK_RECORDS = 10_000
@@ -21,15 +22,20 @@ class ChangelogError(Exception):
     """A changelog cannot be read to its end. The worker cannot own the partition."""
 
 
-def reading_config(cluster: Cluster, group: str) -> dict[str, object]:
-    """Return the configuration of a consumer that reads a log from the beginning and commits nothing."""
+def reading_config(cluster: Cluster, group: str, *, fetch_wait_ms: int) -> dict[str, object]:
+    """Return the configuration of a consumer that reads a log from the beginning and commits nothing.
+
+    `fetch_wait_ms`: how long the broker may hold an empty answer back, and so how late the end is noticed.
+    """
     return cluster.config(
         group_id=group,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         isolation_level="read_committed",
         enable_partition_eof=True,
-        fetch_wait_max_ms=50,
+        fetch_wait_max_ms=fetch_wait_ms,
+        fetch_error_backoff_ms=20,
+        topic_metadata_refresh_fast_interval_ms=20,
         queued_max_messages_kbytes=65_536,
     )
 
@@ -48,13 +54,15 @@ def read_to_end(
     """
     if not tables:
         return 0
-    consumer = Consumer(reading_config(cluster, group))
+    consumer = Consumer(reading_config(cluster, group, fetch_wait_ms=10))
     rows_of = {(topic, partition): rows for (topic, partition), rows in tables.items()}
     remaining = set(rows_of)
     count = 0
     silent_since = time.monotonic()
     try:
-        consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for topic, partition in rows_of])
+        # offsets, not "the beginning": librdkafka would wait half a second to look that up
+        firsts = offset_bounds(cluster, list(rows_of))
+        consumer.assign([TopicPartition(*place, firsts[place][0]) for place in rows_of])
         with _collector_at_rest():
             while remaining:
                 messages = _chunk(consumer)

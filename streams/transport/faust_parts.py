@@ -167,7 +167,12 @@ class BatchRecovery(Recovery):
 
 
 class BatchTableManager(TableManager):
-    """Faust's table manager with the recovery above."""
+    """Faust's table manager with the recovery above, started at once."""
+
+    async def on_start(self) -> None:
+        """Register the tables. Faust waits a second for tables that agents make as they start; ours make none."""
+        await self._update_channels()
+        await self.recovery.start()
 
     @property
     def recovery(self) -> Recovery:

@@ -6,8 +6,9 @@ import base64
 import json
 import os
 import threading
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -191,6 +192,7 @@ def create(stack: Stack, name: str, partitions: int) -> None:
     client = admin(stack.kafka)
     for future in client.create_topics([NewTopic(name, num_partitions=partitions, replication_factor=1)]).values():
         future.result()
+    until(lambda: name in client.list_topics(timeout=10).topics)
 
 
 def alter(stack: Stack, name: str, config: Mapping[str, str]) -> None:
@@ -199,6 +201,14 @@ def alter(stack: Stack, name: str, config: Mapping[str, str]) -> None:
     client = admin(stack.kafka)
     for future in client.incremental_alter_configs([resource]).values():
         future.result()
+    until(lambda: all(provisioning.describe(client, [name])[name][key].value == value for key, value in config.items()))
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Return when brokers have learnt what the controller agreed to."""
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline, "the broker did not learn of it"
 
 
 # ---- publishing
@@ -350,7 +360,7 @@ def publish(
         placed.append((cast("int", message.partition()), cast("int", message.offset())))
 
     producer = Producer({"bootstrap.servers": settings.kafka, "acks": "all", "partitioner": "murmur2_random"})
-    encoded = [(header, text.encode()) for header, text in (headers or {}).items()]
+    encoded: list[tuple[str, str | bytes | None]] = [(header, text.encode()) for header, text in (headers or {}).items()]
     producer.produce(physical(settings.env, name), value, key.encode(), headers=encoded, on_delivery=on_delivery)
     producer.flush(20)
     (place,) = placed
@@ -484,7 +494,7 @@ def test_a_refused_change_is_told_with_its_reason(env: dict[str, str], settings:
     assert "version_conflict" in result.stderr
 
 
-def test_without_a_router_there_is_no_key_and_no_contact_is_published(env: dict[str, str], settings: Settings, user: str) -> None:
+def test_without_a_router_there_is_no_key_and_no_contact_is_published(settings: Settings, user: str) -> None:
     with Wire(settings) as wire, pytest.raises(CliError, match="Is the router running"):
         keys.ensure_keys(settings, wire, codec_for(wire, topics.COMMANDS), [user], silence_seconds=0.3)
     sent = [message.value() for message in read_all(settings, topics.COMMANDS) if message.key() == user.encode()]

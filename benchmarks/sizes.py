@@ -1,0 +1,38 @@
+"""How much each benchmark does: enough for figures by default, a smoke test with --quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Sizes of one run of all benchmarks."""
+
+    repetitions: int = 3
+    events: int = 200_000  # 1: of each program that is fast enough
+    slow_events: int = 24_000  # 1: of plain Faust
+    payments: int = 20_000  # 2
+    users: int = 2_000  # 2 and 4
+    rows: int = 1_000_000  # 3: ours
+    stock_rows: int = 100_000  # 3: of stock Faust, which takes proportionally longer
+    samples: int = 1_000  # 4
+    per_second: int = 100  # 4
+    backlog: int = 100_000  # 4
+    few_events: int = 200_000  # 5
+    many_events: int = 2_000_000  # 5
+
+
+QUICK = Sizes(
+    repetitions=1,
+    events=4_000,
+    slow_events=1_000,
+    payments=300,
+    users=50,
+    rows=5_000,
+    stock_rows=1_000,
+    samples=100,
+    backlog=1_000,
+    few_events=4_000,
+    many_events=20_000,
+)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from streams.embedded.stack import Ports, Stack, start_stack
 from streams.provisioning import apply, plan, targets
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 PARTITIONS = 4
 ENV = "bench"
 _STOP_SECONDS = 30.0
+_ANSWER_SECONDS = 30.0
 _GROUP_SECONDS = 30.0
 _FLUSH_SECONDS = 120.0
 T = TypeVar("T")
@@ -78,7 +79,9 @@ class Laboratory:
         self.broker_pid = stack.broker.pid or 0
         self.folder = folder
         self.cores = Cores.of_this_machine()
-        self.admin = AdminClient({"bootstrap.servers": self.kafka})
+        # librdkafka's own log is off: what matters reaches us as values
+        self._client = {"bootstrap.servers": self.kafka, "log_level": 0}
+        self.admin = AdminClient(self._client)
         self._runs = 0
         self._failures: list[KafkaError] = []
         key = base64.b64encode(bytes(range(32))).decode()
@@ -150,7 +153,7 @@ class Laboratory:
         """Publish records, without transactions. `topic` as in the cluster."""
         producer = Producer(
             {
-                "bootstrap.servers": self.kafka,
+                **self._client,
                 "partitioner": "murmur2_random",
                 "linger.ms": 20,
                 "enable.idempotence": True,
@@ -177,18 +180,24 @@ class Laboratory:
 
     def end(self, topic: str) -> int:
         """Return the sum of a topic's end offsets."""
-        consumer = Consumer({"bootstrap.servers": self.kafka, "group.id": "bench-read"})
-        try:
-            places = [TopicPartition(topic, number) for number in range(PARTITIONS)]
-            return sum(consumer.get_watermark_offsets(place, timeout=10)[1] for place in places)
-        finally:
-            consumer.close()
+        asked = {TopicPartition(topic, number): OffsetSpec.latest() for number in range(PARTITIONS)}  # type: ignore[no-untyped-call]
+
+        def answer() -> list[int] | None:
+            try:
+                return [future.result(_ANSWER_SECONDS).offset for future in self.admin.list_offsets(asked).values()]
+            except KafkaException as error:
+                # a topic made a moment ago may have no leader yet
+                if error.args[0].code() in {KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE}:
+                    return None
+                raise
+
+        return sum(wait_for(answer, seconds=_ANSWER_SECONDS, what=f"{topic} has leaders"))
 
     def read(self, topic: str) -> Iterator[Message]:
         """Yield every committed record of a topic, to its end."""
         consumer = Consumer(
             {
-                "bootstrap.servers": self.kafka,
+                **self._client,
                 "group.id": "bench-read",
                 "enable.auto.commit": False,
                 "isolation.level": "read_committed",

@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 from confluent_kafka import Message
+from prometheus_client import CollectorRegistry
 
 from agents.ports import Effects, Output, Row, Source, State
 from benchmarks.peers.body import Meter, handle
@@ -89,6 +90,7 @@ class Progress:
         self._open: dict[object, int] = {}
         self._decided = 0
         self._committed = 0
+        self.registry: CollectorRegistry | None = None
 
     def decided(self) -> None:
         """Count an event whose effects join the open transaction."""
@@ -113,7 +115,16 @@ class Progress:
                 )
             if self._meter.add(count):
                 profile = self._sampler.stop() if self._sampler is not None else None
-                self._meter.done(slices=self._slices, profile=profile)
+                self._meter.done(slices=self._slices, profile=profile, **self._transactions())
+
+    def _transactions(self) -> dict[str, float]:
+        assert self.registry is not None
+        found = {
+            name: self.registry.get_sample_value(f"notify_{name}") or 0.0
+            for name in ("commit_seconds_count", "commit_seconds_sum", "batch_records_sum")
+        }
+        count = found["commit_seconds_count"] or 1.0
+        return {"records_per_transaction": found["batch_records_sum"] / count, "commit_seconds": found["commit_seconds_sum"] / count}
 
 
 def resident_bytes() -> int:
@@ -152,6 +163,7 @@ def make() -> Worker:
 
     def tune(tools: Tools) -> None:
         tools.fault = progress.passed
+        progress.registry = tools.metrics.registry
 
     settings = Settings.from_env({k: v for k, v in os.environ.items() if k.startswith("NOTIFY_")}, needs=WORKER_NEEDS)
     return build_app(settings, Plan(steps=(step,), topics=specs_of(step), inputs=inputs, tune=tune))

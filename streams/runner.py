@@ -168,7 +168,13 @@ class Lane:
     reader: Reader
     queue: deque[Batch] = field(default_factory=deque)
     watermark: int | None = None  # next offset, as the last committed transaction says
-    end: int | None = None  # read to here by position: control records count
+    end: int | None = None  # done to here by position: control records count
+    end_read: int | None = None  # read to here; it becomes `end` when everything before it is done
+
+    def settle(self) -> None:
+        """Note that everything read is done."""
+        if self.end_read is not None:
+            self.end, self.end_read = self.end_read, None
 
     @property
     def position(self) -> int | None:
@@ -226,16 +232,15 @@ class Shard:
         lane = self.lanes[self.tools.names.logical[batch.topic]]
         if batch.records:
             lane.queue.append(batch)
-            self.wake.set()
-        elif not lane.queue and self.idle.is_set():
-            lane.end = batch.end_offset
+        lane.end_read = batch.end_offset
+        self.wake.set()
 
     async def drain(self) -> None:
         """Forget what is queued and wait until what runs is done, at most DRAIN_SECONDS."""
         self.is_draining = True
         for lane in self.lanes.values():
             lane.queue.clear()
-            lane.end = None
+            lane.end = lane.end_read = None
         self.wake.set()
         try:
             await asyncio.wait_for(self.idle.wait(), DRAIN_SECONDS)
@@ -345,6 +350,8 @@ class DecidingShard(Shard):
         while True:
             lane = next((lane for lane in self.lanes.values() if lane.queue), None)
             if lane is None or self.is_draining:
+                for each in self.lanes.values():
+                    each.settle()
                 self.idle.set()
                 self.wake.clear()
                 await self.wake.wait()
@@ -474,8 +481,6 @@ class DecidingShard(Shard):
             batch.start = stop
         if batch.start >= len(batch.records) and lane.queue and lane.queue[0] is batch:
             lane.queue.popleft()
-            if batch.end_offset is not None and not lane.queue:
-                lane.end = batch.end_offset
 
     async def _set_aside(self, lane: Lane, batch: Batch, error: NotifyError) -> None:
         """Dead-letter the one record that the broker refuses."""

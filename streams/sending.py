@@ -130,6 +130,9 @@ class SendingShard(Shard):
                 continue
             if self.is_draining and not self._calls:
                 self._forget()
+            for topic, unfinished in self._unfinished.items():
+                if not unfinished and not self.lanes[topic].queue:
+                    self.lanes[topic].settle()
             if not self._calls:
                 self.idle.set()
             await self._sleep()

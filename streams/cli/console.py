@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+REFRESH_SECONDS = 0.1
 NOTHING = "\N{EN DASH}"  # in place of a value that is not there
 PIPE_COLUMNS = 200  # a pipe has no width; tables must not cut ids there
 
@@ -117,7 +119,16 @@ def progress(description: str, total: int | None) -> Iterator[Advance]:
     )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        shown_at = time.monotonic()
+
+        def advance(done: int) -> None:
+            nonlocal shown_at
+            now = time.monotonic()
+            if now - shown_at >= REFRESH_SECONDS:  # an update costs more than what is counted
+                shown_at = now
+                bar.update(task, completed=done)
+
+        yield advance
 
 
 def examples(*lines: str) -> str:

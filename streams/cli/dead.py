@@ -195,7 +195,7 @@ def _table(letters: list[DeadLetter]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     for name in ("id", "set aside", "error", "role", "read at"):
         table.add_column(name, no_wrap=True)
-    table.add_column("message", overflow="ellipsis", no_wrap=True, ratio=1)
+    table.add_column("message", overflow="fold", min_width=24)
     for letter in letters:
         table.add_row(
             Text(letter.id, style="bold"),

@@ -204,7 +204,7 @@ def _workers(admin: AdminClient, metadata: ClusterMetadata, settings: Settings) 
         elif members == 0:
             yield _failed(f"worker {role}", f"none runs{waiting}", f"Start one with `NOTIFY_ROLE={role} faust -A streams.app worker`")
         elif state is ConsumerGroupState.STABLE:
-            yield Check(part=f"worker {role}", state=State.PASSED, found=f"{members} run{'s' if members == 1 else ''}{waiting}")
+            yield Check(part=f"worker {role}", state=State.PASSED, found=f"{members} running{waiting}")
         else:
             yield Check(part=f"worker {role}", state=State.PASSED, found=f"{members}, sharing out their partitions just now{waiting}")
 

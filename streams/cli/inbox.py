@@ -17,6 +17,7 @@ from streams.cli import console, web
 from streams.cli.context import load_settings
 
 MAX_LIMIT = 200
+SHOWN_CHARACTERS = 160
 EPILOG = console.examples("notify user cust_10482", "notify user cust_10482 --unread --limit 5", "notify user cust_10482 --json")
 
 
@@ -46,7 +47,7 @@ def _table(notifications: list[dict[str, Any]]) -> Table:
     table.add_column("")
     table.add_column("created", no_wrap=True)
     table.add_column("title", overflow="fold")
-    table.add_column("message", overflow="ellipsis", no_wrap=True, ratio=1)
+    table.add_column("message", overflow="fold", min_width=24)
     table.add_column("id", no_wrap=True, style="dim")
     for item in notifications:
         is_unread = item["status"] == Engagement.UNREAD
@@ -55,7 +56,11 @@ def _table(notifications: list[dict[str, Any]]) -> Table:
             Text("●", style="cyan") if is_unread else Text("○", style="dim"),
             f"{created:%Y-%m-%d %H:%M}",
             console.cell(item["title"], "bold" if is_unread else ""),
-            console.cell(" ".join(str(item["message"]).split())),
+            console.cell(_short(" ".join(str(item["message"]).split()))),
             console.cell(item["notificationId"]),
         )
     return table
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"

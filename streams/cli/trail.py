@@ -67,10 +67,11 @@ def trail(
 def render_trail(document: Mapping[str, Any]) -> Group:
     """Return a trail, as the web's page `/notifications/{id}/trail` answers it, as something that Rich prints."""
     event, decision = document.get("event"), document.get("decision")
-    start = _moment((event or {}).get("occurredAt")) or _moment((decision or {}).get("decidedAt"))
+    # what is counted from is when Kafka had it: before that it was not ours to be quick with
+    start = _moment((decision or {}).get("acceptedAt")) or _moment((event or {}).get("occurredAt"))
     root = Tree(_title(document), guide_style="dim")
     if event is not None:
-        _add_event(root, event)
+        _add_event(root, event, (decision or {}).get("acceptedAt"))
     if decision is None:
         root.add(Text("not decided yet, or decided before the views began", style="dim italic"))
     else:
@@ -78,7 +79,7 @@ def render_trail(document: Mapping[str, Any]) -> Group:
     known = {choice.get("deliveryId") for choice in (decision or {}).get("channels") or []}
     for delivery in document.get("deliveries") or []:
         if delivery.get("deliveryId") not in known or not delivery.get("deliveryId"):
-            _add_delivery(root, delivery, start, "")
+            _add_delivery(root, delivery, start, {})
     _add_repeats(root, document.get("again") or [])
     _add_engagement(root, document.get("engagement") or {})
     return Group(root)
@@ -98,11 +99,10 @@ def _title(document: Mapping[str, Any]) -> Text:
     return title
 
 
-def _add_event(root: Tree, event: Mapping[str, Any]) -> None:
+def _add_event(root: Tree, event: Mapping[str, Any], accepted_at: object) -> None:
     line = Text.assemble(("event     ", "bold cyan"), console.cell(event.get("id")), (" from ", "dim"), console.cell(event.get("producer")))
     node = root.add(line)
-    facts = [("occurred ", _time(event.get("occurredAt"))), ("read at ", _place(event))]
-    node.add(_facts(facts))
+    node.add(_facts([("occurred ", _time(event.get("occurredAt"))), ("accepted ", _time(accepted_at)), ("read at ", _place(event))]))
 
 
 def _add_decision(root: Tree, decision: Mapping[str, Any], deliveries: Sequence[Mapping[str, Any]], start: datetime | None) -> None:
@@ -127,7 +127,7 @@ def _add_decision(root: Tree, decision: Mapping[str, Any], deliveries: Sequence[
     for choice in decision.get("channels") or []:
         delivery = of_id.get(choice.get("deliveryId"))
         if delivery is not None:
-            _add_delivery(root, delivery, start, str(choice.get("reason") or ""))
+            _add_delivery(root, delivery, start, choice)
         else:
             _add_choice(root, choice)
 
@@ -146,7 +146,7 @@ def _add_choice(root: Tree, choice: Mapping[str, Any]) -> None:
     )
 
 
-def _add_delivery(root: Tree, delivery: Mapping[str, Any], start: datetime | None, reason: str) -> None:
+def _add_delivery(root: Tree, delivery: Mapping[str, Any], start: datetime | None, choice: Mapping[str, Any]) -> None:
     status = str(delivery.get("status"))
     mark, style = MARKS.get(status, ("•", ""))
     line = Text.assemble(
@@ -156,8 +156,10 @@ def _add_delivery(root: Tree, delivery: Mapping[str, Any], start: datetime | Non
         " ",
         console.cell(status, style),
     )
-    if reason:
-        line.append_text(Text.assemble(("  chosen: ", "dim"), console.cell(reason, "dim")))
+    if choice.get("reason"):
+        line.append_text(
+            Text.assemble(("  chosen: " if choice.get("isChosen") else "  not used: ", "dim"), console.cell(choice["reason"], "dim"))
+        )
     node = root.add(line)
     attempt_node, attempt = node, (0, 0)
     for change in delivery.get("changes") or []:
@@ -243,7 +245,9 @@ def _later(start: datetime | None, text: object) -> Text:
         return Text()
     if start is None:
         return Text(f"  {console.show_time(at)}", style="dim")
-    return Text(f"  {at.astimezone():%H:%M:%S}.{at.microsecond // 1000:03}  {_span((at - start).total_seconds())}", style="dim")
+    # the date only where it is another one than where the count begins
+    shown = console.show_time(at) if at.astimezone().date() != start.astimezone().date() else console.show_time(at).partition(" ")[2]
+    return Text(f"  {shown}  {_span((at - start).total_seconds())}", style="dim")
 
 
 def _span(seconds: float) -> str:

@@ -184,6 +184,40 @@ def _fault(system: System, body: dict[str, object]) -> None:
         assert answer.status < 300
 
 
+def test_with_the_registry_away_unknown_schemas_park_and_return_and_others_go_on(running: System, stack: Stack) -> None:
+    fields = [{"name": name, "type": "string"} for name in ("paymentId", "userId", "status")]
+    schema = {"type": "record", "name": "NewcomersPayment", "fields": fields}
+    number = running.register("newcomer-value", json.dumps(schema))
+    newcomers = [
+        (None, frame(number, parse_schema(schema), {"paymentId": f"park-pay-{i}", "userId": f"park-{i}", "status": "pending"}))
+        for i in range(8)
+    ]
+    assert stack.registry_process is not None
+    asyncio.run(stack.registry_process.kill())
+    try:
+        known = running.frame_payments([payment(i, f"known-{i}", run="known", status="pending") for i in range(8)])
+        running.produce("payments", [record for pair in zip(newcomers, known, strict=True) for record in pair])
+        others = {identity("known", i, f"known-{i}", "pending") for i in range(8)}
+        decided = lambda ids: {d.notification_id for d in of_run(running, "decisions", DecisionRecord, ids)}  # noqa: E731
+        wait_for(lambda: decided(others) == others, seconds=30, what="the known ones decided")
+        assert len({m.value() for m in running.read("parked")} & {value for _, value in newcomers}) == 8
+    finally:
+        asyncio.run(stack.registry_process.start())
+    parked = {identity("park", i, f"park-{i}", "pending") for i in range(8)}
+    wait_for(lambda: decided(parked) == parked, seconds=30, what="the parked ones decided, by themselves")
+    assert not [m for m in running.read("dead") if m.value() in {value for _, value in newcomers}]
+
+
+def test_a_schema_that_the_registry_does_not_know_is_a_dead_letter(running: System) -> None:
+    raw = b"\0" + (999_999).to_bytes(4, "big") + b"whatever"
+    running.produce("payments", [(b"k", raw)])
+    wait_for(
+        lambda: [m for m in running.read("dead") if m.value() == raw and dict(m.headers())["error"] == b"unknown_schema"],
+        seconds=30,
+        what="it in dead",
+    )
+
+
 def test_poison_among_good_events_harms_nobody(running: System) -> None:
     dice = random.Random(7)
     users = [f"poison-{i}" for i in range(50)]
@@ -205,16 +239,20 @@ def test_poison_among_good_events_harms_nobody(running: System) -> None:
     records = [*framed, *noise, *running.frame_payments(absurd)]
     dice.shuffle(records)
     before = Counter(bytes(m.value() or b"") for m in running.read("dead"))
+    decisions = running.count("decisions")
     running.produce("payments", records)
     wanted = {identity("poison", i, users[i % 50], "pending") for i in range(5_000)}
     decided = lambda: {d.notification_id for d in of_run(running, "decisions", DecisionRecord, wanted)}  # noqa: E731
-    wait_for(lambda: decided() == wanted, seconds=90, what="5,000 good ones decided")
+    wait_for(lambda: running.count("decisions") >= decisions + 5_000, seconds=90, what="5,000 more decisions")
+    wait_for(lambda: decided() == wanted, seconds=30, what="5,000 good ones decided")
     after = Counter(bytes(m.value() or b"") for m in running.read("dead")) - before
     assert all(after[value] == n for value, n in Counter(value for _, value in noise).items()), "random bytes, raw, in dead"
     delivered = lambda: {  # noqa: E731
         c.notification_id for c in of_run(running, "status", StatusChange, wanted) if c.status == "delivered"
     }
-    wait_for(lambda: delivered() == wanted, seconds=90, what="5,000 good ones delivered")
+    views = running.workers["views-a"]
+    wait_for(lambda: views.metric("notify_lag_records") == 0, seconds=90, what="everything projected")
+    wait_for(lambda: delivered() == wanted, seconds=60, what="5,000 good ones delivered")
     settled = Counter()
     for i in range(100):
         found = identity("absurd", i, f"absurd-{i}", "pending")

@@ -53,9 +53,12 @@ def await_out(tally: System, count: int, *, seconds: float = 60) -> None:
 def test_records_come_out_once_and_the_table_is_their_sum(tally: System) -> None:
     sent = numbered(5_000)
     tally.produce("tally.in", sent)
-    tally.await_ready(tally.start(ROLE, module=MODULE))
+    worker = tally.start(ROLE, module=MODULE)
+    tally.await_ready(worker)
     await_out(tally, len(sent))
     audit(tally, sent)
+    # what follows the last record is a commit marker: lag by record would stay above 0 for ever
+    wait_for(lambda: worker.metric("notify_records_total") and not worker.metric("notify_lag_records"), seconds=15, what="no lag")
 
 
 def test_bad_records_are_set_aside_and_their_neighbours_go_on(tally: System) -> None:

@@ -488,7 +488,7 @@ def test_a_trail_reads_from_the_event_to_the_end() -> None:
     shown = as_text(render_trail(TRAIL))
     expected = [
         "cust_10482", "evt_1", "payments[2]@41", "notified", "payment_confirmed v1", "version 3", "opted_out",
-        "email", "queued", "attempt 1", "smtp", "retrying", "421", "attempt 2", "+31.5 s", "ref-1", "duplicate_of", "read",
+        "email", "queued", "attempt 1", "smtp", "retrying", "421", "attempt 2", "+31.4 s", "ref-1", "duplicate_of", "read",
     ]  # fmt: skip
     position = -1
     for word in expected:

@@ -86,9 +86,7 @@ class Router:
         rule = RULES.get(request.rule)
         if rule is None:
             raise UnknownRuleError(f"there is no rule {request.rule[:100]!r}; rules: {', '.join(RULES)}")
-        identity = notification_id(
-            producer=request.producer, event_id=request.event_id, rule=rule.name, user_id=request.user_id
-        )
+        identity = notification_id(producer=request.producer, event_id=request.event_id, rule=rule.name, user_id=request.user_id)
         content = _content_digest(request)
         now_ms = _milliseconds(source.at)
         prune = list(self._expired_rows(state, now_ms))
@@ -104,9 +102,7 @@ class Router:
         effects.rows += prune
         return effects
 
-    def _decide_new(
-        self, request: NotificationRequested, rule: Rule, source: Source, state: State, identity: NotificationId
-    ) -> Effects:
+    def _decide_new(self, request: NotificationRequested, rule: Rule, source: Source, state: State, identity: NotificationId) -> Effects:
         user = request.user_id.encode()
         preferences = self._preferences(state, user)
         stale = self._stale(request, rule, source, state)
@@ -126,9 +122,7 @@ class Router:
             return SkipReason.SUPERSEDED
         return None
 
-    def _choose(
-        self, channel: Channel, rule: Rule, preferences: UserPreferences | None, contact: Contact, user_id: str
-    ) -> _Choice:
+    def _choose(self, channel: Channel, rule: Rule, preferences: UserPreferences | None, contact: Contact, user_id: str) -> _Choice:
         chosen = (preferences.categories.get(rule.category, {}) if preferences else {}).get(channel)
         if chosen is False:
             return _Choice(channel, SkipReason.OPTED_OUT, None)
@@ -139,7 +133,7 @@ class Router:
             return _Choice(channel, SkipReason.NO_ADDRESS, None)
         return _Choice(channel, "on by preference" if chosen else "on by default", address)
 
-    def _effects(  # noqa: PLR0913 - everything that a decision rests on, once
+    def _effects(  # noqa: PLR0913, PLR0917 - everything that a decision rests on, once
         self,
         request: NotificationRequested,
         rule: Rule,
@@ -188,7 +182,7 @@ class Router:
         outputs.append(Output(topics.DECISIONS, user, record))
         return Effects(outputs, rows, [f"decision:{record.outcome}"])
 
-    def _delivery(  # noqa: PLR0913 - as above
+    def _delivery(  # noqa: PLR0913, PLR0917 - as above
         self,
         request: NotificationRequested,
         rule: Rule,

@@ -37,9 +37,7 @@ class Peer:
 
 PEERS = (
     Peer(name=OURS, label="this runner, every guarantee on", module="benchmarks.runner_app", package="faust-streaming"),
-    Peer(
-        name="faust", label="plain Faust", module="benchmarks.peers.plain_faust", package="faust-streaming", target=18.0, is_slow=True
-    ),
+    Peer(name="faust", label="plain Faust", module="benchmarks.peers.plain_faust", package="faust-streaming", target=18.0, is_slow=True),
     Peer(name="quix", label="Quix Streams", module="benchmarks.peers.quix_streams", package="quixstreams", lock="quix", target=2.0),
     Peer(
         name="faststream",

@@ -464,7 +464,7 @@ def _parse_url(url: str) -> _Server:
 def _parse_sender(sender: str) -> Mailbox:
     try:
         if _FORBIDDEN_IN_HEADERS.search(sender):
-            raise ProviderRejectedError("control characters", code="header")  # noqa: TRY301 - the same answer to all
+            raise ProviderRejectedError("control characters", code="header")
         name, address = parseaddr(sender)
         mailbox = Mailbox(recipient_address(address), name or None)
     except ProviderRejectedError:

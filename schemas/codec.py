@@ -116,7 +116,7 @@ def unpack(raw: bytes, kind: type[M]) -> M:
     try:
         mapping = _reader(io.BytesIO(raw), own_schema(kind.__name__), None)
         return cast("M", _shape(kind).from_mapping(cast("Mapping[str, Any]", mapping)))
-    except Exception as error:  # noqa: BLE001 - fastavro raises whatever the bytes provoke
+    except Exception as error:
         raise UndecodableError(f"no {kind.__name__}: {type(error).__name__}") from error
 
 
@@ -155,7 +155,7 @@ class Codec:
         try:
             mapping = _reader(body, writer, None if writer is reader else reader)
             return cast("M", _shape(kind).from_mapping(cast("Mapping[str, Any]", mapping)))
-        except Exception as error:  # noqa: BLE001 - fastavro raises whatever the bytes provoke
+        except Exception as error:
             raise UndecodableError(f"no {kind.__name__}: {type(error).__name__}") from error
 
     def decode_foreign(self, raw: bytes | None) -> Mapping[str, object]:
@@ -171,7 +171,7 @@ class Codec:
         body.seek(HEADER_BYTES)
         try:
             value: AvroMessage = _reader(body, writer, None)
-        except Exception as error:  # noqa: BLE001 - fastavro raises whatever the bytes provoke
+        except Exception as error:
             raise UndecodableError(f"does not fit schema {schema_id}: {type(error).__name__}") from error
         if body.read(1):
             raise UndecodableError(f"bytes are left over after a record of schema {schema_id}")

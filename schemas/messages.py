@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime  # noqa: TC003 - the codec reads the annotations at run time
+from datetime import datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,15 +16,16 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from secrets import token_bytes
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import faust
 from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as KafkaMessage
+from faust.assignor.partition_assignor import PartitionAssignor
 from faust.types import TP
 
 from agents import inbox, signals, triggers
-from agents.ports import Effects, Output, Source, State
+from agents.ports import Effects, Source, State
 from agents.router import Router
 from channels.registry import build_channels
 from schemas import topics
@@ -63,11 +64,10 @@ from streams.topology import Step, all_topics, steps_of
 from streams.transport.admin import committed_offsets, topic_facts
 from streams.transport.cluster import Cluster, leave
 from streams.transport.faust_parts import BatchSchema, BatchTableManager, NotifyApp, PartitionedTable, check_version
-from streams.views.pages import OperationsContext, WebContext, install, install_operations
+from streams.transport.reader import Batch
+from streams.transport.records import Record
+from streams.views.pages import Health, OperationsContext, WebContext, install, install_operations
 from templates.render import Templates
-
-if TYPE_CHECKING:
-    from streams.transport.reader import Batch
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Worker(NotifyApp):
             await close()
 
     async def _prepare(self) -> None:
-        settings, env = self.settings, self.settings.env
+        env = self.settings.env
         pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="kafka")
         specs = {spec.name: spec for spec in self.plan.topics}
         used = {topic for step in self.steps for topic in (*step.reads, *step.writes, *step.changelogs().values())}
@@ -253,7 +253,7 @@ class Worker(NotifyApp):
                 }
 
     def _ingest_inputs(self, step: Step, codec: Codec) -> dict[str, Input]:
-        def decode(message: KafkaMessage) -> Foreign:
+        def decode(message: Record) -> Foreign:
             raw = message.value()
             try:
                 return Foreign(codec.decode_foreign(raw), raw or b"")
@@ -261,9 +261,6 @@ class Worker(NotifyApp):
                 # `learn` asked a moment ago: what is still not known could not be asked for, unless the registry said no
                 self.registry.explain(error.schema_id)
                 raise
-
-        def park(message: KafkaMessage, _source: Source) -> Effects:
-            return Effects([Output(topics.PARKED, message.key() or b"", message.value() or b"")], [], [])
 
         def payment(found: Foreign, source: Source, _state: State) -> Effects:
             return triggers.ingest_payment(found.record, source, found.raw)
@@ -273,9 +270,9 @@ class Worker(NotifyApp):
 
         if step.name == "parked":
             return {topics.PARKED: Input(decode=decode, decide=unparked, learn=self._learn)}
-        return {topics.PAYMENTS: Input(decode=decode, decide=payment, learn=self._learn, park=park)}
+        return {topics.PAYMENTS: Input(decode=decode, decide=payment, learn=self._learn, parked_in=topics.PARKED)}
 
-    async def _learn(self, messages: Sequence[KafkaMessage]) -> None:
+    async def _learn(self, messages: Sequence[Record]) -> None:
         """Ask the registry for the schemas of `messages` that are not known yet."""
         unknown: set[int] = set()
         for message in messages:
@@ -296,7 +293,7 @@ class Worker(NotifyApp):
         codec = self._codec
         assert codec is not None
 
-        def decode(message: KafkaMessage) -> Any:
+        def decode(message: Record) -> Any:
             try:
                 return codec.decode(message.value(), kind)
             except UnknownSchemaError as error:
@@ -318,7 +315,7 @@ class Worker(NotifyApp):
     def owner_of(self, partition: int) -> str | None:
         """Return the base URL of the worker that owns a partition of the users' topics; None: this one, or nobody."""
         topic = physical(self.settings.env, topics.STATUS)
-        for url, owned in self.assignor.external_topics_metadata().items():
+        for url, owned in cast("PartitionAssignor", self.assignor).external_topics_metadata().items():
             if partition in owned.get(topic, ()):
                 return None if str(url).rstrip("/") == str(self.conf.canonical_url).rstrip("/") else str(url)
         return None
@@ -349,9 +346,9 @@ class Worker(NotifyApp):
             await loop.run_in_executor(None, publisher.poll, 0.05)
         await done
 
-    def health_of_worker(self) -> Any:
+    def health_of_worker(self) -> Health:
         """Return what `/health` answers."""
-        from streams.views.pages import Health  # noqa: PLC0415 - named here only
+        from streams.views.pages import Health
 
         return self.watch.health() if self.watch else Health(is_live=True, is_ready=False, details={"role": self.role})
 
@@ -452,12 +449,14 @@ def _bind(app: Worker, step: Step) -> None:
     for table, changelog in step.changelogs().items():
         name = f"{step.name}-{table}"
         shown = PartitionedTable(app, name=name, changelog=physical(app.settings.env, changelog), partitions=partitions)
-        app.tables_of[(step.name, table)] = app.tables.add(shown)
+        app.tables.add(shown)
+        app.tables_of[(step.name, table)] = shown
     for topic in step.reads:
         source = app.topic(physical(app.settings.env, topic), schema=BatchSchema(), partitions=partitions)
 
-        async def agent(stream: faust.StreamT[Batch]) -> None:
-            async for batch in stream.noack():
+        async def agent(stream: Any) -> None:
+            # not acknowledged to Faust: a record is done when the runner's transaction is committed
+            async for batch in cast("faust.Stream[Batch]", stream).noack():
                 assert app.runner is not None
                 app.runner.accept(batch)
 
@@ -480,5 +479,3 @@ def __getattr__(name: str) -> Worker:
         globals()["app"] = app_from_environment()
         return globals()["app"]  # type: ignore[no-any-return]
     raise AttributeError(name)
-
-

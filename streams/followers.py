@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from streams.transport.admin import offset_bounds
-from streams.transport.changelog import reading_config
-from streams.transport.cluster import Cluster
+from streams.transport.changelog import apply_record, reading_config
+from streams.transport.cluster import Cluster, leave
+from streams.transport.records import fetch
 
-log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.1
 _CHUNK_RECORDS = 10_000
 CATCH_UP_SECONDS = 30.0
@@ -80,24 +79,16 @@ class Follower:
             firsts = offset_bounds(self._cluster, [(self._topic, partition) for partition in rows])
             consumer.assign([TopicPartition(self._topic, partition, firsts[(self._topic, partition)][0]) for partition in rows])
             while not stopping.is_set():
-                first = consumer.poll(_POLL_SECONDS)
-                if first is None:
-                    continue
-                for message in [first, *consumer.consume(_CHUNK_RECORDS, 0)]:
-                    error = message.error()
-                    partition = message.partition()
-                    if error is None:
-                        key, value = message.key(), message.value()
-                        if value is None:
-                            rows[partition].pop(key, None)
-                        else:
-                            rows[partition][key] = value
-                        positions[partition] = message.offset() + 1
-                    elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's public name for it
-                        positions[partition] = message.offset()
-                self._notify()
+                found = fetch(consumer, wait_seconds=_POLL_SECONDS, most=_CHUNK_RECORDS)
+                for record in found.records:
+                    apply_record(rows[record.partition()], record)
+                    positions[record.partition()] = record.offset() + 1
+                positions.update({partition: end for (_, partition), end in found.ends.items()})
+                if found.records or found.ends:
+                    self._notify()
         except KafkaException as error:
-            log.exception("follower.failed topic=%s error=%s", self._topic, error)
+            if not stopping.is_set():
+                leave(f"following {self._topic} failed: {error.args[0]}")
         finally:
             consumer.close()
 

@@ -24,9 +24,7 @@ class Metrics:
         self.records = counter("records_total", "Records handled, by input topic.", "topic")
         self.events = counter("events_total", "Events that became requests, by outcome.", "outcome")
         self.decisions = counter("decisions_total", "Decisions, by outcome.", "outcome")
-        self.deliveries = counter(
-            "deliveries_total", "Delivery attempts that ended, by how.", "channel", "lane", "provider", "outcome"
-        )
+        self.deliveries = counter("deliveries_total", "Delivery attempts that ended, by how.", "channel", "lane", "provider", "outcome")
         self.attempts_open = gauge("attempts_open", "Calls to a provider that are running.", "provider")
         self.delivery_seconds = Histogram(
             "notify_delivery_seconds",
@@ -35,9 +33,7 @@ class Metrics:
             registry=registry,
             buckets=_LATENCY_SECONDS,
         )
-        self.batch_records = Histogram(
-            "notify_batch_records", "Records in one transaction.", registry=registry, buckets=_BATCH_RECORDS
-        )
+        self.batch_records = Histogram("notify_batch_records", "Records in one transaction.", registry=registry, buckets=_BATCH_RECORDS)
         self.commit_seconds = Histogram(
             "notify_commit_seconds", "How long a transaction's commit took.", registry=registry, buckets=_LATENCY_SECONDS
         )
@@ -49,8 +45,6 @@ class Metrics:
         self.parked = counter("parked_total", "Records set aside until the schema registry answers.")
         self.replayed = counter("replayed_records_total", "Records skipped because the watermark covers them.", "topic")
         self.suppressed = counter("suppressed_total", "Sends left out because the ledger knows the delivery.", "channel")
-        self.expired_positions = counter(
-            "expired_positions_total", "Records that fell out of retention before they were read.", "topic"
-        )
+        self.expired_positions = counter("expired_positions_total", "Records that fell out of retention before they were read.", "topic")
         self.waiting = gauge("waiting_deliveries", "Deliveries that wait to be tried again.", "channel")
         self.paused = gauge("paused_partitions", "Partitions that wait because their provider does not answer.", "channel")

@@ -205,7 +205,7 @@ def committed_offsets(admin: AdminClient, group: str, places: Sequence[TopicPart
     return found
 
 
-def offset_spec(at: StartAt) -> Any:  # noqa: ANN401 - of an untyped class
+def offset_spec(at: StartAt) -> Any:
     """Return how the admin client is asked for the first or the next offset."""
     return OffsetSpec.latest() if at is StartAt.LATEST else OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 

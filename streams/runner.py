@@ -13,26 +13,26 @@ import heapq
 import itertools
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
-from confluent_kafka import Message
 from faust.types import TP
 
 from agents.ports import Effects, Output, Source
 from schemas import topics
 from schemas.errors import NotifyError, RegistryUnavailableError, RetryableError, TooLargeError
 from streams.metrics import Metrics
-from streams.topics import DEAD_MAX_BYTES, INBOUND_MAX_BYTES, TopicSpec
+from streams.topics import DEAD_MAX_BYTES, TopicSpec
 from streams.topology import Step
 from streams.transport.admin import offset_bounds
 from streams.transport.changelog import read_to_end
 from streams.transport.cluster import Cluster, leave
-from streams.transport.reader import Batch, Reader
+from streams.transport.reader import MAX_BATCH_RECORDS, Batch, Reader
+from streams.transport.records import Record
 from streams.transport.writer import RECORD_OVERHEAD_BYTES, AbortedError, FencedError, Headers, Writer
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ _MISSING: Any = object()
 PROGRESS = "progress"
 
 Decide = Callable[[Any, Source, Mapping[str, Mapping[bytes, bytes]]], Effects]
-Decode = Callable[[Message], Any]
+Decode = Callable[[Record], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +55,9 @@ class Input:
 
     decode: Decode
     decide: Decide
-    learn: Callable[[Sequence[Message]], Awaitable[None]] | None = None
-    # what becomes of a record whose schema the registry could not be asked for; None: the shard waits and tries again
-    park: Callable[[Message, Source], Effects] | None = None
+    learn: Callable[[Sequence[Record]], Awaitable[None]] | None = None
+    # topic for records whose schema the registry could not be asked for; None: the shard waits and tries again
+    parked_in: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +129,7 @@ class Tools:
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
 
-def source_of(message: Message, logical: str) -> Source:
+def source_of(message: Record, logical: str) -> Source:
     """Return where and when `message` was read."""
     return Source(
         topic=logical,
@@ -141,7 +141,7 @@ def source_of(message: Message, logical: str) -> Source:
     )
 
 
-def dead_letter_headers(message: Message, logical: str, error: BaseException, role: str) -> Headers:
+def dead_letter_headers(message: Record, logical: str, error: BaseException, role: str) -> Headers:
     """Return what a dead letter says about itself. Only our own errors speak: others may quote a payload."""
     is_ours = isinstance(error, NotifyError)
     generation = next((value for name, value in message.headers() or () if name == "generation"), b"0")
@@ -170,6 +170,8 @@ class Lane:
     watermark: int | None = None  # next offset, as the last committed transaction says
     end: int | None = None  # done to here by position: control records count
     end_read: int | None = None  # read to here; it becomes `end` when everything before it is done
+    most: int = MAX_BATCH_RECORDS  # records of the next transaction
+    tries: int = 0  # in a row that came to nothing
 
     def settle(self) -> None:
         """Note that everything read is done."""
@@ -264,7 +266,7 @@ class Shard:
             raise
         except FencedError as error:
             leave(f"another worker owns {self.step.name}-{self.partition}: {error}")
-        except Exception as error:  # noqa: BLE001 - a shard that stopped would be a partition that silently waits
+        except Exception as error:
             log.exception("shard.failed step=%s partition=%d", self.step.name, self.partition)
             leave(f"{self.step.name}-{self.partition} failed: {type(error).__name__}")
 
@@ -332,7 +334,7 @@ class Shard:
             raise TooLargeError(f"{len(value)} bytes for {output.topic}, which takes {limit}")
         return value
 
-    def dead_letter(self, message: Message, topic: str, error: BaseException) -> None:
+    def dead_letter(self, message: Record, topic: str, error: BaseException) -> None:
         """Add a record's raw bytes to `dead` in the open transaction."""
         if not isinstance(error, NotifyError):
             log.error("decision.failed topic=%s offset=%d", topic, message.offset(), exc_info=error)
@@ -361,116 +363,111 @@ class DecidingShard(Shard):
 
     async def _advance(self, lane: Lane) -> None:
         batch = lane.queue[0]
-        handles = lane.handles
-        if handles.learn is not None:
-            await handles.learn(batch.records[batch.start :])
-        limit = len(batch.records)
-        tries = 0
-        while True:
-            await self.tools.turns.take(lane.urgency)
-            if not lane.queue or lane.queue[0] is not batch:
-                return  # drained meanwhile
-            self.writer.begin()
-            try:
-                stop, wait = self._decide(lane, batch, limit)
-                self.tools.fault("decided")
-                await self.commit(stop - batch.start)
-            except AbortedError as error:
-                self.undo()
-                size = limit - batch.start
-                if error.too_large and size > 1:
-                    limit = batch.start + size // 2  # halve until the offender stands alone
-                elif error.too_large:
-                    await self._set_aside(lane, batch, TooLargeError("the broker refused it, or what it became, for its size"))
-                    return
-                else:
-                    log.warning("transaction.aborted step=%s partition=%d error=%s", self.step.name, self.partition, error)
-                    await asyncio.sleep(_RETRY_SECONDS[min(tries, len(_RETRY_SECONDS) - 1)])
-                tries += 1
-                continue
-            self._done(lane, batch, stop)
-            if wait:
-                await self._wait(tries)
-                tries += 1
-                if self.is_draining:
-                    return
-                if handles.learn is not None:
-                    await handles.learn(batch.records[batch.start :])
-                if lane.queue and lane.queue[0] is batch and batch.start < len(batch.records):
-                    continue
-            return
-
-    async def _wait(self, tries: int) -> None:
-        # an input that waits keeps its own shard only; draining ends the wait
+        if lane.handles.learn is not None:
+            await lane.handles.learn(batch.records[batch.start :])
+        await self.tools.turns.take(lane.urgency)
+        if not lane.queue or lane.queue[0] is not batch:
+            return  # drained meanwhile
+        self.writer.begin()
         try:
-            self.wake.clear()
-            await asyncio.wait_for(self.wake.wait(), _RETRY_SECONDS[min(tries, len(_RETRY_SECONDS) - 1)])
+            stop, is_waiting = self._decide(lane, batch, min(len(batch.records), batch.start + lane.most))
+            self.tools.fault("decided")
+            await self.commit(stop - batch.start)
+        except AbortedError as error:
+            self.undo()
+            await self._try_less(lane, batch, error)
+            return
+        self._done(lane, batch, stop)
+        lane.most = MAX_BATCH_RECORDS
+        if is_waiting:
+            await self._wait(lane)
+        else:
+            lane.tries = 0
+
+    async def _try_less(self, lane: Lane, batch: Batch, error: AbortedError) -> None:
+        """After an aborted transaction: halve until the record that is too large stands alone, else wait a little."""
+        if error.too_large:
+            lane.most = min(lane.most, len(batch)) // 2
+            if lane.most == 0:
+                lane.most = MAX_BATCH_RECORDS
+                await self._set_aside(lane, batch, TooLargeError("the broker refused what it became for its size"))
+        else:
+            log.warning("transaction.aborted step=%s partition=%d error=%s", self.step.name, self.partition, error)
+            await self._wait(lane)
+
+    async def _wait(self, lane: Lane) -> None:
+        # an input that waits keeps its own shard only; draining, or more to read, ends the wait
+        pause = _RETRY_SECONDS[min(lane.tries, len(_RETRY_SECONDS) - 1)]
+        lane.tries += 1
+        self.wake.clear()
+        try:
+            await asyncio.wait_for(self.wake.wait(), pause)
         except TimeoutError:
             return
 
     def _decide(self, lane: Lane, batch: Batch, limit: int) -> tuple[int, bool]:
         """Decide records until the turn is over; return where it stopped, and whether the next record has to wait."""
         began = time.perf_counter()
-        topic, decode, decide = lane.topic, lane.handles.decode, lane.handles.decide
         records = batch.records
-        outcomes: dict[str, int] = {}
+        covered = lane.watermark or 0
+        outcomes: list[str] = []
         replayed = 0
-        wait = False
+        is_waiting = False
         index = batch.start
         while index < limit:
             message = records[index]
-            offset = message.offset()
-            if lane.watermark is not None and offset < lane.watermark:
+            if message.offset() < covered:
                 replayed += 1
-                index += 1
-                continue
-            source = source_of(message, topic)
-            try:
-                effects = decide(decode(message), source, self.tables)
-                encoded = [self.encode(output) for output in effects.outputs]
-            except RetryableError as error:
-                if not isinstance(error, RegistryUnavailableError) or lane.handles.park is None:
-                    wait = True
-                    break
-                effects = lane.handles.park(message, source)
-                for output in effects.outputs:
-                    self._publish_parked(output, message, topic)
-                self.tools.metrics.parked.inc()
-            except (FencedError, AbortedError):
-                raise
-            except Exception as error:  # noqa: BLE001 - a record that cannot be decided is set aside, whatever the reason
-                self.dead_letter(message, topic, error)
-            else:
-                for row in effects.rows:
-                    self.put(row.table, row.key, row.value)
-                for output, value in zip(effects.outputs, encoded, strict=True):
-                    self.publish(output, value)
-                for outcome in effects.counts:
-                    outcomes[outcome] = outcomes.get(outcome, 0) + 1
+            elif not self._decide_one(lane, message, outcomes):
+                is_waiting = True
+                break
             index += 1
             if index % _LOOK_AT_CLOCK_EVERY == 0 and time.perf_counter() - began > TURN_SECONDS:
                 break
         if index > batch.start:
-            self.put_watermark(topic, records[index - 1].offset() + 1)
-        self._count(topic, index - batch.start - replayed, replayed, outcomes)
-        return index, wait
+            self.put_watermark(lane.topic, records[index - 1].offset() + 1)
+        self._count(lane.topic, index - batch.start - replayed, replayed, outcomes)
+        return index, is_waiting
 
-    def _publish_parked(self, output: Output, message: Message, topic: str) -> None:
+    def _decide_one(self, lane: Lane, message: Record, outcomes: list[str]) -> bool:
+        """Add what a record becomes to the open transaction. False: it has to wait, and nothing was added."""
+        handles = lane.handles
+        try:
+            effects = handles.decide(handles.decode(message), source_of(message, lane.topic), self.tables)
+            encoded = [self.encode(output) for output in effects.outputs]
+        except RegistryUnavailableError:
+            if handles.parked_in is None:
+                return False
+            self._park(handles.parked_in, message, lane.topic)
+        except RetryableError:
+            return False
+        except Exception as error:
+            self.dead_letter(message, lane.topic, error)
+        else:
+            for row in effects.rows:
+                self.put(row.table, row.key, row.value)
+            for output, value in zip(effects.outputs, encoded, strict=True):
+                self.publish(output, value)
+            outcomes += effects.counts
+        return True
+
+    def _park(self, parked: str, message: Record, topic: str) -> None:
+        """Add a record's raw bytes to `parked`, with headers that say where it was read."""
         headers: list[tuple[str, bytes]] = [
             ("topic", topic.encode()),
             ("partition", str(message.partition()).encode()),
             ("offset", str(message.offset()).encode()),
             ("timestamp", str(message.timestamp()[1]).encode()),
         ]
-        assert isinstance(output.value, bytes)
-        self.writer.produce(self.tools.names.physical[output.topic], output.value, output.key or None, self.partition, headers)
+        self.writer.produce(self.tools.names.physical[parked], message.value(), message.key(), self.partition, headers)
+        self.tools.metrics.parked.inc()
 
-    def _count(self, topic: str, handled: int, replayed: int, outcomes: Mapping[str, int]) -> None:
+    def _count(self, topic: str, handled: int, replayed: int, outcomes: list[str]) -> None:
         metrics = self.tools.metrics
         metrics.records.labels(topic).inc(handled)
         if replayed:
             metrics.replayed.labels(topic).inc(replayed)
-        for outcome, count in outcomes.items():
+        for outcome, count in Counter(outcomes).items():
             kind, _, name = outcome.partition(":")
             (metrics.decisions if kind == "decision" else metrics.events).labels(name or kind).inc(count)
 
@@ -498,9 +495,7 @@ MakeShard = Callable[[Tools, Step, int, list[Lane]], Shard]
 class Runner:
     """All shards of a worker: what Faust's transport calls `Owner`."""
 
-    def __init__(
-        self, tools: Tools, *, group: str, steps: Mapping[Step, Mapping[str, Input]], make_shard: Mapping[str, MakeShard]
-    ) -> None:
+    def __init__(self, tools: Tools, *, group: str, steps: Mapping[Step, Mapping[str, Input]], make_shard: Mapping[str, MakeShard]) -> None:
         self.tools = tools
         self._group = group
         self._steps = steps

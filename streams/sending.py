@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
 
-from confluent_kafka import Message
-
 from agents.ports import Output
 from agents.sender import Attempt, AttemptState, Verdict, plan, verdict
 from channels.base import Channel, Receipt
@@ -31,6 +29,7 @@ from schemas.sealed import unseal
 from schemas.status import Axis, Status
 from streams.runner import Lane, Shard, Tools
 from streams.topology import Step
+from streams.transport.records import Record
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ class SendingShard(Shard):
         self._channel_of = {topic: topic.split(".")[1] for topic in self.lanes}
         self._outgoing = {channel: Outgoing() for channel in self._channel_of.values()}
         self._ended: list[tuple[Job, Receipt | BaseException]] = []
-        self._lost: list[tuple[Lane, Message, UndecodableError]] = []
+        self._lost: list[tuple[Lane, Record, UndecodableError]] = []
         # per input: offset -> done, in offset order; the watermark is the first that is not done
         self._unfinished: dict[str, dict[int, bool]] = {topic: {} for topic in self.lanes}
         self._reached: dict[str, int] = {}
@@ -168,7 +167,7 @@ class SendingShard(Shard):
                 if batch.start >= len(batch.records):
                     lane.queue.popleft()
 
-    def _take(self, lane: Lane, message: Message) -> None:
+    def _take(self, lane: Lane, message: Record) -> None:
         offset = message.offset()
         unfinished = self._unfinished[lane.topic]
         metrics = self.tools.metrics
@@ -181,7 +180,7 @@ class SendingShard(Shard):
         channel_name = self._channel_of[lane.topic]
         try:
             delivery: Delivery = lane.handles.decode(message)
-        except Exception as error:  # noqa: BLE001 - a record that cannot be decoded is set aside, whatever the reason
+        except Exception as error:
             unfinished[offset] = True
             self._lost.append((lane, message, error if isinstance(error, UndecodableError) else UndecodableError(str(error))))
             return
@@ -353,7 +352,7 @@ class SendingShard(Shard):
         except asyncio.CancelledError:
             self._end_slot(job)
             raise
-        except Exception as error:  # noqa: BLE001 - every end of a call has a verdict
+        except Exception as error:
             end = error
         self._end_slot(job)
         self._ended.append((job, end))

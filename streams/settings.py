@@ -194,5 +194,3 @@ def _between(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
-
-

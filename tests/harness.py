@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
-
 from fastavro import parse_schema
 
 from schemas.codec import frame, unpack
@@ -34,6 +33,8 @@ from streams.settings import CLIENT_NEEDS, Settings
 from streams.tokens import issue
 from streams.topics import TopicSpec, physical
 from streams.topology import all_topics
+from streams.transport.changelog import apply_record
+from streams.transport.records import Record, fetch
 
 ROOT = Path(__file__).parent.parent
 PARTITIONS = 4
@@ -196,7 +197,12 @@ class System:
 
     def produce(self, topic: str, records: Iterable[tuple[bytes | None, bytes | None]], **config: object) -> None:
         """Publish (key, value) records, with the Java client's partitioner unless `config` says otherwise."""
-        options: dict[str, object] = {"partitioner": "murmur2_random", "linger.ms": 5, "enable.idempotence": True, "message.max.bytes": 1_200_000}
+        options: dict[str, object] = {
+            "partitioner": "murmur2_random",
+            "linger.ms": 5,
+            "enable.idempotence": True,
+            "message.max.bytes": 1_200_000,
+        }
         producer = Producer({"bootstrap.servers": self.stack.kafka, **options, **{k.replace("_", "."): v for k, v in config.items()}})
         failed: list[KafkaError] = []
         for key, value in records:
@@ -210,11 +216,11 @@ class System:
         assert producer.flush(60) == 0
         assert not failed, failed[:3]
 
-    def read(self, topic: str) -> list[Message]:
+    def read(self, topic: str) -> list[Record]:
         """Return every committed record of a topic, to the end that it has now."""
         return list(self.follow(topic))
 
-    def follow(self, topic: str) -> Iterator[Message]:
+    def follow(self, topic: str) -> Iterator[Record]:
         consumer = Consumer(
             {
                 "bootstrap.servers": self.stack.kafka,
@@ -231,11 +237,9 @@ class System:
         remaining = set(partitions)
         try:
             while remaining:
-                for message in consumer.consume(5_000, 0.2):
-                    if message.error() is None:
-                        yield message
-                    elif message.error().code() == KafkaError._PARTITION_EOF:
-                        remaining.discard(message.partition())
+                found = fetch(consumer, wait_seconds=0.2, most=5_000)
+                yield from found.records
+                remaining -= {partition for _, partition in found.ends}
         finally:
             consumer.close()
 
@@ -245,11 +249,8 @@ class System:
     def rows(self, topic: str) -> dict[bytes, bytes]:
         """Return what a compacted topic says."""
         found: dict[bytes, bytes] = {}
-        for message in self.follow(topic):
-            if message.value() is None:
-                found.pop(message.key(), None)
-            else:
-                found[message.key()] = message.value()
+        for record in self.follow(topic):
+            apply_record(found, record)
         return found
 
     # ---- the product's own ways in
@@ -286,18 +287,15 @@ class System:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return int(json.loads(answer.read())["id"])
 
-    def decode(self, message: Message, kind: type[Any]) -> Any:
+    def decode(self, message: Record, kind: type[Any]) -> Any:
         """Return a record of one of our topics as its message."""
-        raw = message.value()
-        return unpack(raw[5:], kind)
+        return unpack((message.value() or b"")[5:], kind)
 
     def web(self, path: str, *, user: str | None = None, method: str = "GET") -> tuple[int, Any]:
         """Ask the worker of role views. `user` None: with the service scope."""
         token = issue(self.settings.token_key, user_id=user)
         port = self.workers["views-a"].port
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {token}"}, method=method
-        )
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {token}"}, method=method)
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
                 body = answer.read()

@@ -11,8 +11,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 
-from confluent_kafka import Message
-
 from agents.ports import Effects, Output, Row, Source, State
 from schemas import topics
 from schemas.codec import Codec
@@ -23,6 +21,7 @@ from streams.runner import Input, Tools
 from streams.settings import WORKER_NEEDS, Settings
 from streams.topics import DEAD_MAX_BYTES, TopicSpec
 from streams.topology import Step
+from streams.transport.records import Record
 
 READS = ("tally.urgent", "tally.in")
 OUT = "tally.out"
@@ -35,7 +34,7 @@ TOPICS = (
 )
 
 
-def decode(message: Message) -> bytes:
+def decode(message: Record) -> bytes:
     value = message.value()
     if value is None or value.startswith(b"\xff"):
         raise UndecodableError("begins with ff")

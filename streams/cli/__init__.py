@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from streams.cli import console, dead, doctor, inbox, preferences, produce, provision, send, token, trail, why
+from streams.cli import console, dead, doctor, inbox, preferences, produce, provision, send, token, trail, up, why
 from streams.cli.errors import explain
 
 DISTRIBUTION = "flowmart-notifications"
@@ -23,7 +23,7 @@ _TELL, _ASK, _RUN = "Tell", "Ask", "Run"
 class Commands(TyperGroup):
     """Turns errors into sentences. With --traceback they stay what they are."""
 
-    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - Typer's own context, whose module is private
+    def invoke(self, ctx: Any) -> Any:
         """Invoke the command; whatever is foreseen to fail ends with its sentences on stderr."""
         try:
             return super().invoke(ctx)
@@ -57,6 +57,7 @@ for _name, _function, _epilog, _panel in (
     ("why", why.why, why.EPILOG, _ASK),
     ("user", inbox.user, inbox.EPILOG, _ASK),
     ("token", token.token, token.EPILOG, _ASK),
+    ("up", up.up, up.EPILOG, _RUN),
     ("doctor", doctor.doctor, doctor.EPILOG, _RUN),
 ):
     app.command(_name, epilog=_epilog, rich_help_panel=_panel)(_function)

@@ -178,7 +178,7 @@ def hexdump(raw: bytes) -> list[str]:
     for start in range(0, len(raw), ROW_BYTES):
         row = raw[start : start + ROW_BYTES]
         halves = (row[:8].hex(" "), row[8:].hex(" "))
-        text = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in row)  # noqa: PLR2004 - printable ASCII
+        text = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in row)
         lines.append(f"{start:08x}  {halves[0]:<23}  {halves[1]:<23}  {text}")
     return lines
 

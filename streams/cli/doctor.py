@@ -255,7 +255,7 @@ def _schemas(settings: Settings) -> Check:
         body = {"schema": schema_text(spec.schema), "schemaType": "AVRO"}
         try:
             known = web.call("POST", f"{settings.registry_url}/subjects/{subject}", body=body, timeout_seconds=TIMEOUT_SECONDS)
-            if known.status == 200:  # noqa: PLR2004 - HTTP's OK
+            if known.status == 200:
                 registered += 1
                 continue
             answer = web.call(
@@ -307,7 +307,7 @@ def _mail(settings: Settings) -> Check:
     except (OSError, smtplib.SMTPException) as error:
         advice = "Start it, or correct NOTIFY_SMTP_URL. Until then deliveries by e-mail wait; nothing is lost."
         return _failed("mail", f"no SMTP at {place} ({type(error).__name__})", advice)
-    if code != 250:  # noqa: PLR2004 - RFC 5321: requested mail action okay
+    if code != 250:
         return _failed("mail", f"{place} answers EHLO with {code}", "Look at the mail server's log.")
     return Check(part="mail", state=State.PASSED, found=f"{place} answers EHLO")
 
@@ -318,7 +318,7 @@ def _web(web_url: str) -> Check:
     except (TimeoutError, aiohttp.ClientError) as error:
         advice = "Start a worker of the role views, or say with NOTIFY_WEB_HOST and NOTIFY_WEB_PORT where it is."
         return _failed("web", f"no answer at {web_url} ({type(error).__name__})", advice)
-    if answer.status != 200:  # noqa: PLR2004 - HTTP's OK
+    if answer.status != 200:
         return _failed(
             "web", f"not ready at {web_url} ({answer.status})", "It may be recovering its tables; look again shortly, then at its log."
         )

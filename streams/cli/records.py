@@ -52,7 +52,7 @@ def _record(schema: Schema, value: Mapping[str, object], path: str, named: dict[
     return record
 
 
-def _value(schema: Schema, value: object, path: str, named: dict[str, Schema]) -> object:  # noqa: C901, PLR0911 - one case a type
+def _value(schema: Schema, value: object, path: str, named: dict[str, Schema]) -> object:  # noqa: C901 - one case a type
     match schema:
         case list():  # every union of ours is null or one type
             return None if value is None else _value(schema[1], value, path, named)

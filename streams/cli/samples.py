@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from uuid import UUID, uuid5
 
 from agents import triggers
@@ -65,12 +64,14 @@ def play_payments(settings: Settings, run: str) -> list[Played]:
     topic = physical(settings.env, topics.PAYMENTS)
     played: list[Played] = []
     publisher = Publisher(settings.kafka)
+    samples = examples.samples("payments")
     with Wire(settings) as wire:
-        for number, sample in enumerate(examples.samples("payments"), 1):
+        ids = {shape: wire.register(shape.subject(topic), shape.text) for shape in {producing.choose(sample) for sample in samples}}
+        for number, sample in enumerate(samples, 1):
             payment = fresh(sample, run=run, now=datetime.now(UTC))
             shape = producing.choose(payment)
             record = producing.to_record(shape, payment)
-            raw = frame(wire.register(shape.subject(topic), shape.text), producing.parsed(shape), record)
+            raw = frame(ids[shape], producing.parsed(shape), record)
             publisher.publish(topic, payment_key(payment), raw, number=number)
             played.append(Played(number=number, raw=raw, about=_about(payment), notification=expected(record, raw)))
         publisher.require_all()

@@ -33,7 +33,7 @@ def call(method: str, url: str, *, token: str | None = None, body: object = None
     return asyncio.run(_call(method, url, token=token, body=body, timeout_seconds=timeout_seconds))
 
 
-def get(web_url: str, token_key: bytes, path: str, *, missing: str) -> Any:  # noqa: ANN401 - whatever the page answers
+def get(web_url: str, token_key: bytes, path: str, *, missing: str) -> Any:
     """Return the JSON of a page. Raises CliError: `missing` for 404, else what went wrong and what to do."""
     token = issue(token_key, user_id=None, lifetime_seconds=TOKEN_LIFETIME_SECONDS)
     try:

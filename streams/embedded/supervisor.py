@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -29,7 +30,17 @@ from typing import Final
 
 import aiohttp
 
-from streams.embedded.processes import LOOPBACK, Launch, Server, StackError, accepts_connections, inherited_environment
+from streams.embedded.processes import (
+    LOOPBACK,
+    Launch,
+    Server,
+    StackError,
+    accepts_connections,
+    choose_port,
+    end_leftover,
+    inherited_environment,
+    require_free_port,
+)
 from streams.roles import Role
 
 # a process and the roles that share it
@@ -174,7 +185,7 @@ class Supervisor:
         delay = FIRST_DELAY_SECONDS
         while True:
             began = time.monotonic()
-            while server.is_running:
+            while server.is_running:  # noqa: ASYNC110 - a process sets no event
                 await asyncio.sleep(LOOK_SECONDS)
             lived = time.monotonic() - began
             if lived >= SOUND_SECONDS:
@@ -222,3 +233,35 @@ def kill_now(servers: Iterable[Server]) -> None:
         if (pid := server.pid) is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebPorts:
+    """Where the roles answer, and where their metrics are gathered."""
+
+    of_role: Mapping[Role, int]
+    of_metrics: int
+
+
+async def settle_web_ports(folder: Path, first: int | None) -> WebPorts:
+    """Return `first` for the views, the next ones for the other roles, and then one for the metrics page.
+
+    None: any free ports, the same as last time when they are free. `folder` holds the workers' files; whatever an earlier
+    run left alive there is ended. Raises PortInUseError naming the process.
+    """
+    await asyncio.gather(*(end_leftover(folder / f"{name}.pid") for name in GROUPS))
+    roles = [Role.VIEWS, *(role for role in Role if role is not Role.VIEWS)]
+    names = [*roles, "metrics"]
+    if first is not None:
+        for offset, name in enumerate(names):
+            require_free_port(first + offset, purpose=f"the web of {name}" if name in roles else "the metrics page")
+        return WebPorts(of_role={role: first + offset for offset, role in enumerate(roles)}, of_metrics=first + len(roles))
+    path = folder / "ports.json"
+    remembered: dict[str, int] = {}
+    with contextlib.suppress(OSError, ValueError):
+        remembered = json.loads(path.read_text(encoding="ascii"))
+    chosen: dict[str, int] = {}
+    for name in names:
+        chosen[name] = choose_port(remembered.get(name, 0), taken=chosen.values())
+    path.write_text(json.dumps(chosen), encoding="ascii")
+    return WebPorts(of_role={role: chosen[role] for role in roles}, of_metrics=chosen["metrics"])

@@ -46,7 +46,7 @@ class Together(Service):
         await asyncio.gather(*(app.stop() for app in self._apps))
 
 
-class SharedWorker(faust.Worker):  # type: ignore[misc]  # untyped upstream
+class SharedWorker(faust.Worker):
     """Faust's worker, running several apps."""
 
     def __init__(self, apps: Sequence[Worker]) -> None:

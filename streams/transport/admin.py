@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._listoffsets import OffsetSpec
 
 from schemas.errors import SettingsError
 from streams.transport.cluster import Cluster
@@ -47,12 +49,11 @@ def offset_bounds(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[t
     admin = AdminClient(cluster.config())
     tps = [TopicPartition(topic, partition) for topic, partition in places]
     level = IsolationLevel.READ_COMMITTED
-    first = admin.list_offsets(dict.fromkeys(tps, OffsetSpec.earliest()), isolation_level=level, request_timeout=_CALL_SECONDS)
-    last = admin.list_offsets(dict.fromkeys(tps, OffsetSpec.latest()), isolation_level=level, request_timeout=_CALL_SECONDS)
+    earliest, latest = cast("list[OffsetSpec]", [OffsetSpec.earliest(), OffsetSpec.latest()])  # type: ignore[no-untyped-call]  # upstream has no types here
+    first = admin.list_offsets(dict.fromkeys(tps, earliest), isolation_level=level, request_timeout=_CALL_SECONDS)
+    last = admin.list_offsets(dict.fromkeys(tps, latest), isolation_level=level, request_timeout=_CALL_SECONDS)
     ends = {(tp.topic, tp.partition): future.result().offset for tp, future in last.items()}
-    return {
-        (tp.topic, tp.partition): (future.result().offset, ends[(tp.topic, tp.partition)]) for tp, future in first.items()
-    }
+    return {(tp.topic, tp.partition): (future.result().offset, ends[(tp.topic, tp.partition)]) for tp, future in first.items()}
 
 
 def committed_offsets(cluster: Cluster, group: str, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from streams.transport.admin import offset_bounds
 from streams.transport.cluster import Cluster
+from streams.transport.records import Place, Record, fetch
 
 _CHUNK_RECORDS = 10_000
 _POLL_SECONDS = 0.2
 # a partition that is not at its end after so long without a record: the broker is away or the topic is missing
 _SILENCE_SECONDS = 60.0
+_HOPELESS = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_AUTHORIZATION_FAILED}
 
 
 class ChangelogError(Exception):
     """A changelog cannot be read to its end. The worker cannot own the partition."""
 
 
-def reading_config(cluster: Cluster, group: str, *, fetch_wait_ms: int) -> dict[str, object]:
+def reading_config(cluster: Cluster, group: str, *, fetch_wait_ms: int) -> dict[str, Any]:
     """Return the configuration of a consumer that reads a log from the beginning and commits nothing.
 
     `fetch_wait_ms`: how long the broker may hold an empty answer back, and so how late the end is noticed.
@@ -44,7 +47,7 @@ def read_to_end(
     cluster: Cluster,
     *,
     group: str,
-    tables: Mapping[tuple[str, int], dict[bytes, bytes]],
+    tables: Mapping[Place, dict[bytes, bytes]],
     progress: Callable[[int], None] = lambda _count: None,
 ) -> int:
     """Replay changelog partitions into `tables`, (topic, partition) -> rows; return the number of records read.
@@ -55,48 +58,42 @@ def read_to_end(
     if not tables:
         return 0
     consumer = Consumer(reading_config(cluster, group, fetch_wait_ms=10))
-    rows_of = {(topic, partition): rows for (topic, partition), rows in tables.items()}
-    remaining = set(rows_of)
+    remaining = set(tables)
     count = 0
     silent_since = time.monotonic()
     try:
         # offsets, not "the beginning": librdkafka would wait half a second to look that up
-        firsts = offset_bounds(cluster, list(rows_of))
-        consumer.assign([TopicPartition(*place, firsts[place][0]) for place in rows_of])
+        firsts = offset_bounds(cluster, list(tables))
+        consumer.assign([TopicPartition(*place, firsts[place][0]) for place in tables])
         with _collector_at_rest():
             while remaining:
-                messages = _chunk(consumer)
-                if messages:
+                found = fetch(consumer, wait_seconds=_POLL_SECONDS, most=_CHUNK_RECORDS)
+                for place, error in found.errors:
+                    if error.code() in _HOPELESS:
+                        raise ChangelogError(f"{place[0]}: {error}")
+                for record in found.records:
+                    apply_record(tables[(record.topic(), record.partition())], record)
+                remaining -= found.ends.keys()
+                if found.records or found.ends:
                     silent_since = time.monotonic()
+                    count += len(found.records)
+                    progress(len(found.records))
                 elif time.monotonic() - silent_since > _SILENCE_SECONDS:
                     raise ChangelogError(f"no end of {sorted(remaining)} within {_SILENCE_SECONDS:.0f} s")
-                read = 0
-                for message in messages:
-                    error = message.error()
-                    place = (message.topic(), message.partition())
-                    if error is None:
-                        read += 1
-                        value = message.value()
-                        if value is None:
-                            rows_of[place].pop(message.key(), None)
-                        else:
-                            rows_of[place][message.key()] = value
-                    elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's public name for it
-                        remaining.discard(place)
-                    elif error.code() in {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_AUTHORIZATION_FAILED}:
-                        raise ChangelogError(f"{place[0]}: {error}")
-                count += read
-                if read:
-                    progress(read)
     finally:
         consumer.close()
     return count
 
 
-def _chunk(consumer: Consumer) -> Sequence[Message]:
-    # consume() alone would wait its whole time-out for a full chunk
-    first = consumer.poll(_POLL_SECONDS)
-    return [] if first is None else [first, *consumer.consume(_CHUNK_RECORDS, 0)]
+def apply_record(rows: dict[bytes, bytes], record: Record) -> None:
+    """Change `rows` as a record of a compacted topic says. A record without a key changes nothing."""
+    key, value = record.key(), record.value()
+    if key is None:
+        return
+    if value is None:
+        rows.pop(key, None)
+    else:
+        rows[key] = value
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class Cluster:
     bootstrap: str
     extra: Mapping[str, str] = field(default_factory=dict)
 
-    def config(self, **more: object) -> dict[str, object]:
+    def config(self, **more: object) -> dict[str, Any]:
         """Return the configuration of a client, with `more` on top (underscores stand for dots)."""
         return {
             "bootstrap.servers": self.bootstrap,
@@ -45,7 +45,7 @@ class RateLimited(logging.LoggerAdapter[logging.Logger]):
         self._seconds = seconds
         self._said: dict[str, float] = {}
 
-    def log(self, level: int, msg: object, *args: object, **kwargs: object) -> None:
+    def log(self, level: int, msg: object, *args: object, **_options: object) -> None:
         """Log unless the same was said a moment ago."""
         said = str(args[0]) if args else str(msg)
         now = time.monotonic()

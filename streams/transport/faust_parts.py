@@ -89,7 +89,7 @@ class BatchConsumer(driver.Consumer):
             batch = await self._owner.next_batch()
             tp = TP(batch.topic, batch.partition)
             message = ConsumerMessage(
-                batch.topic, batch.partition, 0, 0.0, 0, None, None, batch, None, tp=tp,
+                batch.topic, batch.partition, 0, 0.0, 0, None, None, cast("Any", batch), None, tp=tp,
                 generation_id=self.app.consumer_generation_id,
             )  # fmt: skip
             try:
@@ -109,13 +109,11 @@ class BatchConsumer(driver.Consumer):
             await self._owner.drain()
             await self.commit()
 
-    async def force_commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:  # noqa: ARG002, FBT001, FBT002 - Faust's signature
+    async def force_commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:  # noqa: ARG002 - Faust's signature
         """Commit the watermarks of the partitions that are still ours."""
         assignment = self.assignment()
         changed = {
-            tp: offset
-            for tp, offset in self._owner.committable().items()
-            if tp in assignment and self._committed_offset[tp] != offset
+            tp: offset for tp, offset in self._owner.committable().items() if tp in assignment and self._committed_offset[tp] != offset
         }
         if not changed or not await self._commit(changed):
             return False
@@ -162,7 +160,7 @@ class BatchRecovery(Recovery):
                 return
             except asyncio.CancelledError:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever it is, a worker that cannot own its partitions must go
+            except Exception as error:
                 app.health_failed(error)
 
 
@@ -215,7 +213,7 @@ class PartitionedTable(faust.Table):  # type: ignore[type-arg]  # Faust's Table 
 class BatchSchema(faust.Schema):  # type: ignore[type-arg]  # as above
     """The value of an input's message is the batch itself. Decoding is the runner's, so it cannot raise here."""
 
-    def loads_key(self, app: Any, message: Any, *, loads: Any = None, serializer: Any = None) -> None:  # noqa: ARG002 - Faust's signature
+    def loads_key(self, app: Any, message: Any, *, loads: Any = None, serializer: Any = None) -> None:
         """Return no key: the batch has many."""
 
     def loads_value(self, app: Any, message: Any, *, loads: Any = None, serializer: Any = None) -> Any:  # noqa: ARG002 - Faust's signature

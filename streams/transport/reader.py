@@ -13,9 +13,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
-from streams.transport.cluster import Cluster
+from streams.transport.cluster import Cluster, leave
+from streams.transport.records import Fetched, Record, fetch
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Batch:
     topic: str
     partition: int
     epoch: int
-    records: Sequence[Message]
+    records: Sequence[Record]
     end_offset: int | None = None
     start: int = 0  # records before it are done
 
@@ -100,19 +101,16 @@ class Reader:
             paused: set[int] = set()
             while not stopping.is_set():
                 self._balance(consumer, paused, outstanding)
-                first = consumer.poll(_POLL_SECONDS)
-                if first is None:
-                    continue
-                messages = [first, *consumer.consume(MAX_BATCH_RECORDS - 1, 0)]
-                batches = self._sort(messages, epoch)
+                batches = self._sort(fetch(consumer, wait_seconds=_POLL_SECONDS, most=MAX_BATCH_RECORDS), epoch)
                 if batches and not stopping.is_set():
                     with self._lock:
                         for batch in batches:
                             outstanding[batch.partition] += len(batch.records)
                     self._deliver(batches)
         except KafkaException as error:
+            # a reader that stopped would be a topic that silently waits
             if not stopping.is_set():
-                log.exception("reader.failed topic=%s error=%s", self.topic, error)
+                leave(f"reading {self.topic} failed: {error.args[0]}")
         finally:
             consumer.close()
 
@@ -126,20 +124,15 @@ class Reader:
         paused |= full
         paused -= free
 
-    def _sort(self, messages: Sequence[Message], epoch: int) -> list[Batch]:
-        records: dict[int, list[Message]] = defaultdict(list)
-        ends: dict[int, int] = {}
-        for message in messages:
-            error = message.error()
-            partition = message.partition()
-            if error is None:
-                records[partition].append(message)
-                ends.pop(partition, None)
-            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's public name for it
-                ends[partition] = message.offset()
-            elif not error.retriable():
+    def _sort(self, found: Fetched, epoch: int) -> list[Batch]:
+        for (_, partition), error in found.errors:
+            if not error.retriable():
                 log.warning("reader.error topic=%s partition=%s error=%s", self.topic, partition, error)
+        records: dict[int, list[Record]] = defaultdict(list)
+        for record in found.records:
+            records[record.partition()].append(record)
+        ends = {partition: end for (_, partition), end in found.ends.items()}
         return [
-            *(Batch(self.topic, partition, epoch, found, ends.pop(partition, None)) for partition, found in records.items()),
+            *(Batch(self.topic, partition, epoch, each, ends.pop(partition, None)) for partition, each in records.items()),
             *(Batch(self.topic, partition, epoch, (), end) for partition, end in ends.items()),
         ]

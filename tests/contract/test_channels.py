@@ -321,7 +321,7 @@ REPLIES = [
 
 
 @pytest.mark.parametrize(("stage", "line", "kind", "code"), REPLIES)
-async def test_a_reply_becomes_an_error(  # noqa: PLR0913, PLR0917 - two fixtures, four parameters
+async def test_a_reply_becomes_an_error(  # noqa: PLR0917 - two fixtures, four parameters
     server: SmtpServer, email: EmailChannel, stage: Stage, line: str, kind: type[NotifyError], code: str
 ) -> None:
     server.on(stage, Reply(line))
@@ -345,7 +345,7 @@ BREAKS = [
 
 @pytest.mark.parametrize("is_reset", [True, False])
 @pytest.mark.parametrize(("stage", "kind", "code"), BREAKS)
-async def test_a_lost_connection_is_unknown_only_after_the_final_dot(  # noqa: PLR0913 - two fixtures, four parameters
+async def test_a_lost_connection_is_unknown_only_after_the_final_dot(
     server: SmtpServer, email: EmailChannel, stage: Stage, kind: type[NotifyError], code: str, *, is_reset: bool
 ) -> None:
     server.on(stage, Drop(is_reset=is_reset))

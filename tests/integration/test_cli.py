@@ -332,7 +332,7 @@ def test_a_place_without_a_dead_letter_is_a_sentence(env: dict[str, str], place:
     assert "notify dlq list" in run(env, "dlq", "show", place, expect=1).stderr
 
 
-def bury(  # noqa: PLR0913 - one parameter a header
+def bury(
     settings: Settings, raw: bytes, *, error: str, role: str, topic: str = "payments", place: tuple[int, int] = (0, 7)
 ) -> tuple[int, int]:
     """Publish a dead letter as the runner does; return partition and offset of its own."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from streams.embedded.stack import Stack
+from streams.transport.records import Record
 from tests.harness import System, system, wait_for
 from tests.tally_app import OUT, STEP, TOPICS
 
@@ -26,6 +27,10 @@ def tally(stack: Stack, tmp_path: Path) -> Iterator[System]:
         yield made
 
 
+def text(message: Record) -> bytes:
+    return message.value() or b""
+
+
 def numbered(count: int, *, keys: int = 50, first: int = 0, prefix: bytes = b"") -> list[tuple[bytes, bytes]]:
     return [(b"user-%d" % (i % keys), b"%s%d" % (prefix, i)) for i in range(first, first + count)]
 
@@ -34,14 +39,14 @@ def audit(tally: System, sent: list[tuple[bytes, bytes]]) -> None:
     """Assert that each record came out exactly once, in order by key, and that the table is the sum."""
     expected = Counter(key for key, _ in sent)
     out = tally.read(OUT)
-    values = Counter(bytes(message.value()).rpartition(b":")[0] for message in out)
+    values = Counter(text(message).rpartition(b":")[0] for message in out)
     lost = {value for _, value in sent} - set(values)
     doubled = {value: n for value, n in values.items() if n > 1}
     assert not lost, f"{len(lost)} lost: {sorted(lost)[:5]}"
     assert not doubled, f"{len(doubled)} doubled: {dict(list(doubled.items())[:5])}"
     sequences: dict[bytes, list[int]] = defaultdict(list)
     for message in out:
-        sequences[message.key()].append(int(bytes(message.value()).rpartition(b":")[2].rstrip(b".")))
+        sequences[message.key() or b""].append(int(text(message).rpartition(b":")[2].rstrip(b".")))
     assert all(found == list(range(1, expected[key] + 1)) for key, found in sequences.items())
     assert {key: int(value) for key, value in tally.rows(COUNTS).items()} == dict(expected)
 
@@ -70,7 +75,7 @@ def test_bad_records_are_set_aside_and_their_neighbours_go_on(tally: System) -> 
     await_out(tally, len(good))
     audit(tally, good)
     dead = tally.read("dead")
-    reasons = {(message.value() or b"")[:5]: dict(message.headers())["error"] for message in dead}
+    reasons = {(message.value() or b"")[:5]: dict(message.headers() or ())["error"] for message in dead}
     assert reasons == {b"bug 1": b"internal", b"\xff\x00": b"undecodable", b"": b"undecodable", b"large": b"too_large"}
     assert {message.key() for message in dead} == {key for key, _ in bad}
 
@@ -173,7 +178,7 @@ def test_an_urgent_record_overtakes_a_backlog(tally: System) -> None:
     await_out(tally, 608)
     # all partitions share one event loop, so the order in time is that of the Kafka timestamps
     order = sorted(tally.read(OUT), key=lambda message: message.timestamp()[1])
-    places = [i for i, message in enumerate(order) if bytes(message.value()).startswith(b"urgent")]
+    places = [i for i, message in enumerate(order) if text(message).startswith(b"urgent")]
     assert len(places) == 8
     assert places[-1] < 300, places
     assert worker.exits == []

@@ -169,7 +169,7 @@ class Reply:
     body: bytes
 
     @property
-    def json(self) -> Any:  # noqa: ANN401 - JSON, compared with what is expected
+    def json(self) -> Any:
         return json.loads(self.body)
 
 

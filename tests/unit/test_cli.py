@@ -120,7 +120,7 @@ def test_a_running_system_is_not_mixed_with_another_that_the_environment_names(h
 
 
 def test_the_environment_alone_is_enough(home: dict[str, str]) -> None:
-    settings, web_url = load_settings({**home, **SYSTEM, "NOTIFY_WEB_HOST": "0.0.0.0"})  # noqa: S104 - what a worker listens on
+    settings, web_url = load_settings({**home, **SYSTEM, "NOTIFY_WEB_HOST": "0.0.0.0"})
     assert settings.registry_url == SYSTEM["NOTIFY_REGISTRY_URL"]
     assert web_url == "http://127.0.0.1:6066"
 
@@ -518,7 +518,7 @@ def test_what_others_wrote_does_not_steer_the_terminal() -> None:
 def with_holes(draw: st.DrawFn) -> dict[str, Any]:
     """Return the trail with some of its values missing, as an older or newer web may answer."""
 
-    def pierce(value: Any) -> Any:  # noqa: ANN401 - JSON
+    def pierce(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: pierce(item) if draw(st.integers(0, 9)) else None for name, item in value.items()}
         return [pierce(item) for item in value] if isinstance(value, list) else value

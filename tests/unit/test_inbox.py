@@ -60,7 +60,7 @@ def a_decision(
     )
 
 
-def a_change(  # noqa: PLR0913 - a builder: each argument is what one test is about
+def a_change(
     status: Status = Status.DELIVERED, *, event: str = "e1", channel: str = "in_app", attempt: int = 1, generation: int = 0, at: float = 1
 ) -> StatusChange:
     return StatusChange(

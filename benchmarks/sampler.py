@@ -40,7 +40,7 @@ class Sampler:
         """End; return CPU seconds by line of the main thread, and by kind of thread."""
         signal.setitimer(signal.ITIMER_PROF, 0)
         ended = thread_seconds()
-        lines = [[file, function, line, seconds] for (file, function, line), seconds in self._own.most_common()]
+        lines = [[_short(file), function, line, seconds] for (file, function, line), seconds in self._own.most_common()]
         threads = {name: seconds - self._began.get(name, 0.0) for name, seconds in ended.items()}
         return {"lines": lines, "threads": threads, "main_seconds": time.thread_time() - self._main_began}
 
@@ -65,6 +65,15 @@ def thread_seconds() -> dict[str, float]:
         user, system = rest.split()[11:13]
         found[_kind(names.get(int(folder.name), name))] += (int(user) + int(system)) / ticks  # type: ignore[assignment]  # as above
     return dict(found)
+
+
+def _short(file: str) -> str:
+    """Return where a file is, without where this machine keeps it."""
+    path = Path(file)
+    if path.is_relative_to(_ROOT) and "site-packages" not in path.parts:
+        return path.relative_to(_ROOT).as_posix()
+    _, found, rest = path.as_posix().rpartition("/site-packages/")
+    return rest if found else path.name
 
 
 def _kind(name: str) -> str:

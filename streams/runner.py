@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from faust.types import TP
 
@@ -70,9 +70,18 @@ class Names:
     partitions: Mapping[str, int]  # by logical name
     ids: Mapping[str, str]  # topic id by logical name: a recreated topic has another
 
-    def max_bytes(self, logical: str) -> int:
-        """Return the largest record that `logical` takes, in bytes."""
-        return self.specs[logical].max_message_bytes
+    def route(self, logical: str, step: Step, partition: int) -> Route:
+        """Return how shard `partition` of `step` publishes to `logical`: on its own number, unless records are re-keyed."""
+        is_rekeyed = self.specs[step.reads[0]].count is not self.specs[logical].count
+        return Route(self.physical[logical], -1 if is_rekeyed else partition, self.specs[logical].max_message_bytes)
+
+
+class Route(NamedTuple):
+    """How a shard publishes to a topic. `partition` -1: by the key, as the Java client does."""
+
+    topic: str
+    partition: int
+    max_bytes: int
 
 
 class Turns:
@@ -197,6 +206,7 @@ class Shard:
         # ordered by time of insertion, cheaply popped at the front: decisions prune the oldest rows
         self.tables: dict[str, dict[bytes, bytes]] = {table: OrderedDict() if table in step.aged else {} for table in step.changelogs()}
         self.changelogs = {table: tools.names.physical[topic] for table, topic in step.changelogs().items()}
+        self._routes = {topic: tools.names.route(topic, step, partition) for topic in step.writes}
         self.writer = Writer(
             tools.cluster,
             transactional_id=f"notify-{tools.names.physical[step.changelogs()[PROGRESS]]}-{partition}",
@@ -288,12 +298,9 @@ class Shard:
 
     def publish(self, output: Output, encoded: bytes) -> None:
         """Add an output to the open transaction."""
-        self.writer.produce(self.tools.names.physical[output.topic], encoded, output.key, self._partition_of(output))
-
-    def _partition_of(self, output: Output) -> int:
-        if output.partition is not None:
-            return output.partition
-        return -1 if self.tools.names.specs[self.step.reads[0]].count != self.tools.names.specs[output.topic].count else self.partition
+        route = self._routes[output.topic]
+        partition = route.partition if output.partition is None else output.partition
+        self.writer.produce(route.topic, encoded, output.key, partition)
 
     def put_watermark(self, topic: str, offset: int) -> None:
         """Add the watermark of an input to the open transaction."""
@@ -329,7 +336,7 @@ class Shard:
     def encode(self, output: Output) -> bytes:
         """Return an output's bytes. Raises TooLargeError."""
         value = output.value if isinstance(output.value, bytes) else self.tools.encoder.encode(output.value)
-        limit = self.tools.names.max_bytes(output.topic)
+        limit = self._routes[output.topic].max_bytes
         if len(value) + len(output.key) + RECORD_OVERHEAD_BYTES > limit:
             raise TooLargeError(f"{len(value)} bytes for {output.topic}, which takes {limit}")
         return value

@@ -17,6 +17,7 @@ from streams.cli import console, dead, doctor, inbox, preferences, produce, prov
 from streams.cli.errors import explain
 
 DISTRIBUTION = "flowmart-notifications"
+INTERRUPTED_EXIT_CODE = 130
 _TELL, _ASK, _RUN = "Tell", "Ask", "Run"
 
 
@@ -84,7 +85,10 @@ def options(
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="notify")
+    try:
+        app(prog_name="notify")
+    except KeyboardInterrupt:  # before a command runs; Typer sees those that come later
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
 
 
 def _print_version(*, is_asked: bool) -> None:

@@ -6,8 +6,10 @@ import asyncio
 import json
 import random
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 from fastavro import parse_schema
 
-from schemas.codec import frame
+from schemas.codec import frame, pack, unpack
 from schemas.ids import notification_id, partition_of
 from schemas.messages import DecisionRecord, Delivery, NotificationRequested, StatusChange, UserPreferences
 from schemas.topics import Channel, Lane, deliver, requests
@@ -343,6 +345,33 @@ def test_5000_requests_survive_a_kill_of_every_role_and_of_the_broker(running: S
     wait_for(inboxes, seconds=60, what="every inbox complete")
 
 
+def test_a_router_frozen_for_15_s_that_wakes_after_its_hand_over_regresses_nothing(running: System) -> None:
+    other = running.start("router", name="b")
+    running.await_ready(other)
+    frozen = running.workers["router-a"]
+    running.await_ready(frozen)
+    users = [f"frozen-{i}" for i in range(100)]
+    records = running.frame_payments(payment(i, users[i % 100], run="frozen", status="pending") for i in range(2_000))
+    wanted = {identity("frozen", i, users[i % 100], "pending") for i in range(2_000)}
+    frozen.signal(signal.SIGSTOP)
+    woken = threading.Timer(15, frozen.signal, [signal.SIGCONT])
+    woken.start()
+    running.produce("payments", records[:1_000])
+    running.load_preferences({"userId": user, "locale": "nl"} for user in users)
+    first = {identity("frozen", i, users[i % 100], "pending") for i in range(1_000)}
+    wait_for(lambda: decided(running, first) == first, seconds=40, what="its partitions decided by the other")
+    woken.join()
+    running.produce("payments", records[1_000:])
+    wait_for(lambda: decided(running, wanted) == wanted, seconds=60, what="everything decided")
+    once = Counter(record.notification_id for record in of_run(running, "decisions", DecisionRecord, wanted))
+    assert set(once.values()) == {1}
+    stored = running.rows("preferences")
+    assert {unpack(stored[user.encode()][5:], UserPreferences).version for user in users} == {1}
+    seen = running.rows("router.decide.seen")
+    assert all(found.encode() in seen for found in wanted)
+    running.stop(other)
+
+
 def test_groups_reset_to_the_beginning_repeat_nothing(running: System) -> None:
     mails = running.mails()
     counts = {topic: running.count(topic) for topic in ("decisions", "status", requests(Lane.NORMAL))}
@@ -368,10 +397,6 @@ def test_a_fresh_router_sends_nothing_to_100000_stored_opt_outs(stack: Stack, tm
     with system(stack, tmp_path) as fresh:
         out = {"payments": {"email": False, "in_app": False}}
         users = [f"opted-out-{i}" for i in range(100_000)]
-        from datetime import UTC, datetime
-
-        from schemas.codec import pack
-
         number = fresh.register(f"{fresh.topic('preferences')}-value", (ROOT / "schemas/avro/UserPreferences.avsc").read_text())
         head = b"\0" + number.to_bytes(4, "big")
         now = datetime.now(UTC)

@@ -1,0 +1,70 @@
+"""docs/performance.md, from benchmarks/results/latest.json: whatever was measured last of each benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import figures, growth, latency, pipeline, profiling, recovery, throughput
+from benchmarks.laboratory import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results" / "latest.json"
+REPORT = ROOT / "docs" / "performance.md"
+
+Describe = Callable[[dict[str, Any]], str]
+SECTIONS: dict[str, tuple[str, Describe]] = {
+    "1": (throughput.TITLE, throughput.describe),
+    "2": (pipeline.TITLE, pipeline.describe),
+    "3": (recovery.TITLE, recovery.describe),
+    "4": (latency.TITLE, latency.describe),
+    "5": (growth.TITLE, growth.describe),
+    "profile": (profiling.TITLE, profiling.describe),
+}
+
+_HEAD = """\
+# Performance
+
+Measured by `make bench` (`python -m benchmarks`), which writes this page; the raw figures are in
+`benchmarks/results/latest.json`. Nothing here is an estimate unless it says so, and a target that was not met says so.
+
+- Figures are `median [min–max]` over the repetitions of one run. Programs that are compared take turns in rotating order, and a
+  ratio is taken within each repetition: a machine that slows down slows all of them down.
+- Absolute figures are this machine's. Compare ratios.
+- Every run's output is read back and counted; an incomplete one ends the benchmark instead of becoming a figure.
+"""
+
+
+def load(path: Path | None) -> dict[str, Any]:
+    """Return what was measured so far; nothing when there is no file."""
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path is not None and path.exists() else {}
+    return found
+
+
+def store(path: Path | None, key: str, entry: dict[str, Any]) -> None:
+    """Replace what was measured of one benchmark; None keeps nothing."""
+    if path is None:
+        return
+    found = load(path) | {key: entry}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({name: found[name] for name in SECTIONS if name in found}, indent=1) + "\n", "utf-8")
+
+
+def render(results: dict[str, Any]) -> str:
+    """Return the page."""
+    parts = [_HEAD]
+    machines: list[dict[str, str]] = []
+    for key, (title, describe) in SECTIONS.items():
+        if key not in results:
+            continue
+        entry = results[key]
+        if entry["machine"] not in machines:
+            machines.append(entry["machine"])
+        number = f"{key}. " if key.isdigit() else ""
+        measured = f"Measured with `{entry['command']}`" + (f" on machine {machines.index(entry['machine']) + 1}" if len(machines) > 1 else "")
+        parts.append(f"## {number}{title}\n\n{describe(entry['result'])}\n{measured}.\n")
+    for number, machine in enumerate(machines, 1):
+        name = "The machine" if len(machines) == 1 else f"Machine {number}"
+        parts.append(f"## {name}\n\n{figures.table(['', ''], [[what, value] for what, value in machine.items()])}\n")
+    return "\n".join(parts)

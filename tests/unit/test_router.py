@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.ports import Effects, Source
+from agents.router import KEYS, PREFERENCES, SEEN, SUBJECTS, Router
+from schemas.codec import Codec, pack, unpack
+from schemas.errors import InvalidEventError, TemplateError, UnknownRuleError, VersionConflictError
+from schemas.ids import partition_of
+from schemas.messages import (
+    Command,
+    Contact,
+    Content,
+    DecisionRecord,
+    Delivery,
+    Headline,
+    NotificationRequested,
+    StatusChange,
+    UserKey,
+    UserPreferences,
+)
+from schemas.sealed import seal, unseal, unwrap
+from templates.render import Templates
+
+NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+SEAL_KEY = bytes(range(32))
+USER = "cust_1"
+PARTITIONS = 4
+HERE = partition_of(USER.encode(), PARTITIONS)
+CODEC = Codec({kind.__name__: number for number, kind in enumerate((UserKey, UserPreferences), start=1)}, {})
+ROUTER = Router(
+    templates=Templates(),
+    codec=CODEC,
+    seal_key=SEAL_KEY,
+    new_key=lambda: b"k" * 32,
+    partitions=PARTITIONS,
+    dedupe_seconds=7 * 86_400,
+)
+
+
+class Desk:
+    """A router with its tables: applies what it decides, as the runner does."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, dict[bytes, bytes]] = {PREFERENCES: {}, KEYS: {}, SEEN: OrderedDict(), SUBJECTS: OrderedDict()}
+        self.offset = 0
+
+    def _apply(self, effects: Effects) -> list[Any]:
+        for row in effects.rows:
+            if row.value is None:
+                self.state[row.table].pop(row.key, None)
+            else:
+                self.state[row.table][row.key] = row.value
+        return [output.value for output in effects.outputs]
+
+    def _source(self, topic: str, at: datetime) -> Source:
+        self.offset += 1
+        return Source(topic=topic, partition=HERE, offset=self.offset, at=at)
+
+    def ask(self, request: NotificationRequested, *, at: datetime = NOW, topic: str = "requests.normal") -> list[Any]:
+        return self._apply(ROUTER.decide_request(request, self._source(topic, at), self.state))
+
+    def command(self, **more: Any) -> list[Any]:
+        command = Command(command_id="c", user_id=USER, **{"kind": "set_preferences", "issued_at": NOW, **more})
+        return self._apply(ROUTER.decide_command(command, self._source("commands", NOW), self.state))
+
+    def key(self) -> bytes:
+        return unwrap(SEAL_KEY, CODEC.decode(self.state[KEYS][USER.encode()], UserKey).wrapped, user_id=USER)
+
+    def reach(self, **contact: Any) -> None:
+        self.command(kind="ensure_key")
+        self.command(sealed=seal(self.key(), pack(Contact(**contact)), user_id=USER, purpose="contact"))
+
+    def stored(self) -> UserPreferences:
+        return CODEC.decode(self.state[PREFERENCES][USER.encode()], UserPreferences)
+
+
+def request(event: str = "e1", **more: Any) -> NotificationRequested:
+    base = NotificationRequested(
+        event_id=event, producer="test", rule="message", user_id=USER, data={"title": "Hello", "message": "World"}, occurred_at=NOW
+    )
+    return replace(base, **more)
+
+
+def of(found: list[Any], kind: type[Any]) -> list[Any]:
+    return [value for value in found if isinstance(value, kind)]
+
+
+def test_a_request_becomes_a_delivery_a_channel_with_sealed_content_and_a_decision() -> None:
+    desk = Desk()
+    desk.reach(email="a@example.com", name="Ada")
+    found = desk.ask(request())
+    (record,) = of(found, DecisionRecord)
+    assert (record.outcome, record.preference_version, record.accepted_at) == ("notified", 1, NOW)
+    assert {choice.channel: choice.is_chosen for choice in record.channels} == {"in_app": True, "email": True}
+    deliveries = {delivery.channel: delivery for delivery in of(found, Delivery)}
+    opened = unseal(desk.key(), deliveries["email"].sealed, user_id=USER, purpose="content")
+    content = unpack(opened, Content)
+    assert (content.address, content.name) == ("a@example.com", "Ada")
+    assert "Ada" in (content.text or "")
+    headline = unpack(unseal(desk.key(), record.sealed, user_id=USER, purpose="headline"), Headline)
+    assert headline == Headline(title="Hello", message="World")
+    assert b"a@example.com" not in CODEC.encode(desk.stored())
+    assert [(change.channel, change.status) for change in of(found, StatusChange)] == [("in_app", "queued"), ("email", "queued")]
+
+
+def test_deciding_again_decides_the_same() -> None:
+    first, second = Desk(), Desk()
+    for desk in (first, second):
+        desk.reach(email="a@example.com")
+    assert first.ask(request()) == second.ask(request())
+
+
+def test_without_an_address_the_other_channels_are_still_used() -> None:
+    found = Desk().ask(request())
+    assert [(change.channel, change.status, change.reason) for change in of(found, StatusChange)] == [
+        ("in_app", "queued", None),
+        ("email", "skipped", "no_address"),
+    ]
+
+
+def test_an_opt_out_is_a_choice_with_its_reason_and_no_delivery() -> None:
+    desk = Desk()
+    desk.command(categories={"messages": {"in_app": False, "email": False}})
+    found = desk.ask(request())
+    (record,) = of(found, DecisionRecord)
+    assert (record.outcome, record.reason) == ("skipped", "opted_out")
+    assert not of(found, Delivery)
+    assert record.sealed is None
+
+
+@pytest.mark.parametrize(("days", "outcome"), [(6, "duplicate_of"), (8, "notified")])
+def test_an_event_sent_again_is_a_duplicate_within_the_window(days: int, outcome: str) -> None:
+    desk = Desk()
+    desk.ask(request())
+    later = NOW + timedelta(days=days)
+    found = desk.ask(request(), at=later)
+    assert [record.outcome for record in of(found, DecisionRecord)] == [outcome]
+    assert bool(of(found, Delivery)) is (outcome == "notified")
+
+
+def test_the_same_id_with_other_content_is_a_conflict_and_changes_nothing() -> None:
+    desk = Desk()
+    desk.ask(request())
+    before = {table: dict(rows) for table, rows in desk.state.items()}
+    found = desk.ask(request(data={"title": "Hello", "message": "Mars"}))
+    assert [type(value).__name__ for value in found] == ["DecisionRecord"]
+    assert found[0].outcome == "conflict"
+    assert {table: dict(rows) for table, rows in desk.state.items()} == before
+
+
+def test_news_that_is_not_final_after_final_news_is_superseded() -> None:
+    desk = Desk()
+    desk.ask(request("final", subject_key="payment:1", is_final=True))
+    (record,) = of(desk.ask(request("pending", subject_key="payment:1")), DecisionRecord)
+    assert (record.outcome, record.reason) == ("skipped", "superseded")
+    (other,) = of(desk.ask(request("other", subject_key="payment:2")), DecisionRecord)
+    assert other.outcome == "notified"
+
+
+def test_old_news_is_not_news_by_the_kafka_timestamp_of_the_event() -> None:
+    (record,) = of(Desk().ask(request(accepted_at=NOW - timedelta(days=4))), DecisionRecord)
+    assert (record.outcome, record.reason) == ("skipped", "expired")
+
+
+def test_a_record_on_another_users_partition_goes_to_its_own_first() -> None:
+    stray = replace(request(), user_id=next(f"u{i}" for i in range(99) if partition_of(b"u%d" % i, PARTITIONS) != HERE))
+    effects = ROUTER.decide_request(stray, Source(topic="requests.normal", partition=HERE, offset=1, at=NOW), Desk().state)
+    (output,) = effects.outputs
+    assert output.topic == "requests.normal"
+    assert output.partition == partition_of(stray.user_id.encode(), PARTITIONS)
+    assert output.value == replace(stray, accepted_at=NOW, origin=output.value.origin)  # type: ignore[union-attr]
+    assert not effects.rows
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"rule": "no-such-rule"}, UnknownRuleError),
+        ({"user_id": ""}, InvalidEventError),
+        ({"user_id": "x" * 201}, InvalidEventError),
+        ({"data": {}}, TemplateError),
+    ],
+)
+def test_what_cannot_be_decided_says_why(change: Mapping[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        Desk().ask(request(**change))
+
+
+def test_a_command_merges_only_what_it_gives() -> None:
+    desk = Desk()
+    desk.reach(email="a@example.com", name="Ada")
+    desk.command(locale="de", categories={"payments": {"email": False}})
+    desk.command(
+        sealed=seal(desk.key(), pack(Contact(phone="+31201234567")), user_id=USER, purpose="contact"),
+        categories={"payments": {"in_app": True}},
+    )
+    stored = desk.stored()
+    assert stored.version == 3
+    assert stored.locale == "de"
+    assert stored.categories == {"payments": {"email": False, "in_app": True}}
+    assert stored.sealed is not None
+    contact = unpack(unseal(desk.key(), stored.sealed, user_id=USER, purpose="contact"), Contact)
+    assert contact == Contact(name="Ada", email="a@example.com", phone="+31201234567")
+
+
+def test_a_change_based_on_another_version_is_refused() -> None:
+    desk = Desk()
+    desk.command(locale="de", expected_version=0)
+    with pytest.raises(VersionConflictError):
+        desk.command(locale="nl", expected_version=0)
+    assert desk.stored().locale == "de"
+
+
+def test_a_users_key_is_made_once() -> None:
+    desk = Desk()
+    desk.command(kind="ensure_key")
+    before = dict(desk.state[KEYS])
+    desk.command(kind="ensure_key")
+    desk.ask(request())
+    assert desk.state[KEYS] == before
+
+
+@given(st.lists(st.integers(min_value=0, max_value=40), min_size=1, max_size=60))
+def test_the_table_of_ids_forgets_what_is_past_its_window(gaps_hours: list[int]) -> None:
+    desk = Desk()
+    at = NOW
+    times: dict[str, datetime] = {}
+    for number, gap in enumerate(gaps_hours):
+        at += timedelta(hours=gap)
+        times[f"e{number}"] = at
+        desk.ask(request(f"e{number}"), at=at)
+    fresh = sum(at - seen <= timedelta(days=7) for seen in times.values())
+    assert fresh <= len(desk.state[SEEN]) <= len(times)
+    # two go with each decision: as many more decisions at the same moment leave no old one
+    for number in range(len(times)):
+        desk.ask(request(f"later{number}"), at=at)
+    assert len(desk.state[SEEN]) == fresh + len(times)

@@ -150,13 +150,18 @@ class Router:
         lane = Lane(source.topic.removeprefix("requests."))
         outputs: list[Output] = []
         sealed = None
+        in_app: Mapping[str, str] = {}
+        name = (contact.name if contact is not None else None) or ""
         if any(choice.address is not None for choice in choices):
-            parts = self.templates.render(rule.template, Channel.IN_APP, request.data)
-            headline = Headline(title=parts["title"], message=parts["message"])
+            in_app = self.templates.render(rule.template, Channel.IN_APP, {"name": name, **request.data})
+            headline = Headline(title=in_app["title"], message=in_app["message"])
             sealed = seal(key, pack(headline), user_id=request.user_id, purpose="headline")
         for choice in choices:
-            if choice.address is not None and contact is not None:
-                delivery = self._delivery(request, rule, source, identity, choice, lane, key=key, name=contact.name)
+            if choice.address is not None:
+                is_in_app = choice.channel is Channel.IN_APP
+                parts = in_app if is_in_app else self.templates.render(rule.template, choice.channel, {"name": name, **request.data})
+                content = Content(address=choice.address, name=name or None, **parts)
+                delivery = self._delivery(request, rule, source, identity, choice, content, key=key)
                 outputs.append(Output(topics.deliver(choice.channel, lane), user, delivery))
             outputs.append(Output(topics.STATUS, user, _first_status(choice, identity, request.user_id, lane, source.at)))
         is_notified = sealed is not None
@@ -189,21 +194,17 @@ class Router:
         source: Source,
         identity: NotificationId,
         choice: _Choice,
-        lane: Lane,
+        content: Content,
         *,
         key: bytes,
-        name: str | None,
     ) -> Delivery:
-        assert choice.address is not None
         assert request.accepted_at is not None
-        parts = self.templates.render(rule.template, choice.channel, {"name": name or "", **request.data})
-        content = Content(address=choice.address, name=name, **parts)
         return Delivery(
             delivery_id=delivery_id(identity, choice.channel),
             notification_id=identity,
             user_id=request.user_id,
             channel=choice.channel,
-            lane=lane,
+            lane=source.topic.removeprefix("requests."),
             rule=rule.name,
             category=rule.category,
             generation=0,

@@ -24,7 +24,7 @@ _OWN_PEERS = ",".join(peer.name for peer in throughput.PEERS if peer.lock is Non
 _ALL_PEERS = ",".join(peer.name for peer in throughput.PEERS)
 
 
-def main(
+def main(  # noqa: PLR0913 - one parameter an option
     *,
     only: Annotated[str, typer.Option(metavar="NAMES", help=f"Which benchmarks, by comma: {', '.join(report.SECTIONS)}.")] = ",".join(
         report.SECTIONS

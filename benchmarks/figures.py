@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 
 Format = Callable[[float], str]
+# by name: they are easily taken for an x and a hyphen
+TIMES, TO = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +23,10 @@ class Figure:
         return median(self.values)
 
     def show(self, form: Format) -> str:
-        """Return `median [min–max]`; the median alone when there is but one."""
+        """Return median [least to most]; the median alone when there is but one."""
         if len(self.values) == 1:
             return form(self.values[0])
-        return f"{form(self.median)} [{form(min(self.values))}–{form(max(self.values))}]"
+        return f"{form(self.median)} [{form(min(self.values))}{TO}{form(max(self.values))}]"
 
 
 def figure(values: Sequence[float]) -> Figure:
@@ -60,7 +62,7 @@ def hundredth(value: float) -> str:
 
 def times(value: float) -> str:
     """Return a ratio."""
-    return f"{value:.1f}×" if value >= 10 else f"{value:.2f}×"
+    return f"{value:.1f}{TIMES}" if value >= 10 else f"{value:.2f}{TIMES}"
 
 
 def verdict(*, is_met: bool) -> str:

@@ -36,23 +36,20 @@ def describe(result: dict[str, Any]) -> str:
     """Return the section of the report."""
     few, many = result["runs"]["few"], result["runs"]["many"]
     counts = [runs[0]["events"] for runs in (few, many)]
-    rows = []
-    for runs in (few, many):
-        rows.append(
-            [
-                f"{runs[0]['events']:,}",
-                figures.figure([1e6 / run["events_per_second"] for run in runs]).show(figures.tenth),
-                figures.figure([run["cpu_us_per_event"] for run in runs]).show(figures.tenth),
-                figures.whole(figures.figure([run["rss_bytes"] for run in runs]).median / 2**20),
-            ]
-        )
+    rows = [
+        [
+            f"{runs[0]['events']:,}",
+            figures.figure([1e6 / run["events_per_second"] for run in runs]).show(figures.tenth),
+            figures.figure([run["cpu_us_per_event"] for run in runs]).show(figures.tenth),
+            figures.whole(figures.figure([run["rss_bytes"] for run in runs]).median / 2**20),
+        ]
+        for runs in (few, many)
+    ]
     wall = figures.ratio([1 / run["events_per_second"] for run in many], [1 / run["events_per_second"] for run in few])
     cpu = figures.ratio([run["cpu_us_per_event"] for run in many], [run["cpu_us_per_event"] for run in few])
     last = figures.figure([_last_slice(run) / _first_slice(run) for run in many])
-    per_row = [
-        (more["rss_bytes"] - less["rss_bytes"]) / (more["events"] - less["events"]) for less, more in zip(few, many, strict=True)
-    ]
-    is_met = wall.median <= TARGET
+    per_row = [(more["rss_bytes"] - less["rss_bytes"]) / (more["events"] - less["events"]) for less, more in zip(few, many, strict=True)]
+    verdict = figures.verdict(is_met=wall.median <= TARGET)
     return f"""\
 The step of benchmark 1, with a second row for each event in a table that only grows and keeps the order of insertion, as the router's
 table of known ids does: {counts[1]:,} events leave {counts[1]:,} rows in memory and in the changelog.
@@ -61,7 +58,7 @@ table of known ids does: {counts[1]:,} events leave {counts[1]:,} rows in memory
 
 | | measured | target | |
 | --- | ---: | ---: | ---: |
-| cost per event, {counts[1]:,} against {counts[0]:,} | {wall.show(figures.times)} | ≤ {TARGET:g}× | {figures.verdict(is_met=is_met)} |
+| cost per event, {counts[1]:,} against {counts[0]:,} | {wall.show(figures.times)} | ≤ {figures.times(TARGET)} | {verdict} |
 | the same, CPU | {cpu.show(figures.times)} | | |
 | CPU of the last tenth of {counts[1]:,} against the first | {last.show(figures.times)} | | |
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._listoffsets import OffsetSpec
 
 from streams.embedded.stack import Ports, Stack, start_stack
 from streams.provisioning import apply, plan, targets
@@ -80,7 +81,7 @@ class Laboratory:
         self.folder = folder
         self.cores = Cores.of_this_machine()
         # librdkafka's own log is off: what matters reaches us as values
-        self._client = {"bootstrap.servers": self.kafka, "log_level": 0}
+        self._client: dict[str, str | int | float | bool] = {"bootstrap.servers": self.kafka, "log_level": 0}
         self.admin = AdminClient(self._client)
         self._runs = 0
         self._failures: list[KafkaError] = []

@@ -100,6 +100,7 @@ def describe(result: dict[str, Any]) -> str:
     scaled = [seconds * count / fewer for seconds in stock]
     compared = figures.ratio(scaled, many)
     compared_few = figures.ratio(stock, few)
+    verdict = figures.verdict(is_met=compared.median >= TARGET)
 
     def show(label: str, rows_recovered: int, seconds: list[float]) -> list[str]:
         rate = figures.figure([rows_recovered / each for each in seconds])
@@ -124,7 +125,7 @@ Stock Faust takes a time proportional to the rows (it applies one event after th
 
 | | measured | target | |
 | --- | ---: | ---: | ---: |
-| stock Faust ÷ this runner, {count:,} rows | {compared.show(figures.times)} | ≥ {TARGET:g}× | {figures.verdict(is_met=compared.median >= TARGET)} |
+| stock Faust ÷ this runner, {count:,} rows | {compared.show(figures.times)} | ≥ {figures.times(TARGET)} | {verdict} |
 | the same for {fewer:,} rows, both measured | {compared_few.show(figures.times)} | | |
 
 Memory: **{memory.show(figures.whole)} bytes/row** for key, value and dict entry; the process grew by \

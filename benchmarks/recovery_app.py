@@ -9,8 +9,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from confluent_kafka import Message
-
 from agents.ports import Effects, Source, State
 from benchmarks.runner_app import PREFERENCES, resident_bytes
 from schemas import topics
@@ -21,6 +19,7 @@ from streams.runner import Input, Runner, Tools
 from streams.settings import WORKER_NEEDS, Settings
 from streams.topics import DEAD_MAX_BYTES, TopicSpec
 from streams.topology import Step
+from streams.transport.records import Record
 
 ROLE = Role.SIGNALS
 
@@ -71,10 +70,10 @@ def make() -> Worker:
     """Return the app that the environment asks for."""
     step = step_of(os.environ["BENCH_RUN"], os.environ["BENCH_SOURCE"])
 
-    def decode(message: Message) -> Message:
-        return message
+    def decode(record: Record) -> Record:
+        return record
 
-    def decide(_message: Message, _source: Source, _state: State) -> Effects:
+    def decide(_record: Record, _source: Source, _state: State) -> Effects:
         return Effects()
 
     def inputs(_step: Step, _codec: Codec) -> Mapping[str, Input]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, growth, latency, pipeline, profiling, recovery, throughput
+from benchmarks.figures import TO
 from benchmarks.laboratory import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "latest.json"
@@ -23,13 +24,13 @@ SECTIONS: dict[str, tuple[str, Describe]] = {
     "profile": (profiling.TITLE, profiling.describe),
 }
 
-_HEAD = """\
+_HEAD = f"""\
 # Performance
 
 Measured by `make bench` (`python -m benchmarks`), which writes this page; the raw figures are in
 `benchmarks/results/latest.json`. Nothing here is an estimate unless it says so, and a target that was not met says so.
 
-- Figures are `median [min–max]` over the repetitions of one run. Programs that are compared take turns in rotating order, and a
+- Figures are `median [least{TO}most]` over the repetitions of one run. Programs that are compared take turns in rotating order, and a
   ratio is taken within each repetition: a machine that slows down slows all of them down.
 - Absolute figures are this machine's. Compare ratios.
 - Every run's output is read back and counted; an incomplete one ends the benchmark instead of becoming a figure.
@@ -61,10 +62,10 @@ def render(results: dict[str, Any]) -> str:
         entry = results[key]
         if entry["machine"] not in machines:
             machines.append(entry["machine"])
-        number = f"{key}. " if key.isdigit() else ""
-        measured = f"Measured with `{entry['command']}`" + (f" on machine {machines.index(entry['machine']) + 1}" if len(machines) > 1 else "")
-        parts.append(f"## {number}{title}\n\n{describe(entry['result'])}\n{measured}.\n")
-    for number, machine in enumerate(machines, 1):
-        name = "The machine" if len(machines) == 1 else f"Machine {number}"
+        heading = f"{key}. {title}" if key.isdigit() else title
+        where = f" on machine {machines.index(entry['machine']) + 1}" if len(machines) > 1 else ""
+        parts.append(f"## {heading}\n\n{describe(entry['result'])}\nMeasured with `{entry['command']}`{where}.\n")
+    for place, machine in enumerate(machines, 1):
+        name = "The machine" if len(machines) == 1 else f"Machine {place}"
         parts.append(f"## {name}\n\n{figures.table(['', ''], [[what, value] for what, value in machine.items()])}\n")
     return "\n".join(parts)

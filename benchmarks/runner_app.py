@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from confluent_kafka import Message
 from prometheus_client import CollectorRegistry
 
 from agents.ports import Effects, Output, Row, Source, State
@@ -30,6 +29,7 @@ from streams.runner import Input, Tools
 from streams.settings import WORKER_NEEDS, Settings
 from streams.topics import DEAD_MAX_BYTES, TopicSpec
 from streams.topology import Step
+from streams.transport.records import Record
 
 ROLE = Role.SIGNALS
 PREFERENCES_TOPIC = "bench.preferences"
@@ -145,9 +145,8 @@ def make() -> Worker:
     sampler = Sampler() if os.environ.get("BENCH_PROFILE") else None
     progress = Progress(Meter(), sampler, int(os.environ.get("BENCH_SLICE", "0")))
 
-    def decode(message: Message) -> bytes:
-        raw: bytes = message.value()
-        return raw
+    def decode(record: Record) -> bytes:
+        return record.value() or b""
 
     def decide(raw: bytes, source: Source, state: State) -> Effects:
         progress.decided()

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
 
 import psutil
 from confluent_kafka import Producer
@@ -90,7 +89,7 @@ class System:
 
     # ---- processes
 
-    def _spawn(self, name: str, command: Sequence[str], env: Mapping[str, str], port: int, stdout: int | IO[bytes] | None = None) -> Program:
+    def _spawn(self, name: str, command: Sequence[str], env: Mapping[str, str], *, port: int = 0, stdout: int | None = None) -> Program:
         log = self.folder / f"{name}.log"
         with log.open("ab") as out:
             process = subprocess.Popen(command, env=dict(env), cwd=ROOT, stdout=stdout or out, stderr=out)
@@ -100,7 +99,7 @@ class System:
         smtp, ask = choose_port(), 0
         ask = choose_port(taken=[smtp])
         self.smtp_url, self._ask_port = f"smtp://127.0.0.1:{smtp}", ask
-        sink = self._spawn("sink", [PYTHON, "-m", "benchmarks.sink", str(smtp), str(ask)], outside(), smtp)
+        sink = self._spawn("sink", [PYTHON, "-m", "benchmarks.sink", str(smtp), str(ask)], outside(), port=smtp)
         wait_for(lambda: _accepts(ask), seconds=_SINK_SECONDS, what=f"the sink listens\n{tail(sink.log)}")
         return sink
 
@@ -114,7 +113,7 @@ class System:
                 role, env=self.name, NOTIFY_WEB_PORT=str(port), NOTIFY_SMTP_URL=self.smtp_url, NOTIFY_WORKER_NAME=f"{role}-a"
             )
             command = [PYTHON, "-m", "faust", "-A", "streams.app", "worker", "-l", "warn"]
-            self.workers[role] = self._spawn(role, command, {**outside(), **variables}, port)
+            self.workers[role] = self._spawn(role, command, {**outside(), **variables}, port=port)
         for role in roles:
             wait_for(self.workers[role].is_ready, seconds=_READY_SECONDS, what=f"{role} is ready\n{tail(self.workers[role].log)}")
 
@@ -122,7 +121,7 @@ class System:
     def observing(self, output: Path) -> Iterator[None]:
         """Note in `output` when critical in-app deliveries become visible."""
         command = [PYTHON, "-m", "benchmarks.observer", self.lab.kafka, in_cluster(topics.STATUS, self.name), str(output)]
-        observer = self._spawn("observer", command, outside(), 0, subprocess.PIPE)
+        observer = self._spawn("observer", command, outside(), stdout=subprocess.PIPE)
         try:
             assert observer.process.stdout is not None
             if observer.process.stdout.readline().strip() != b"ready":
@@ -167,7 +166,7 @@ class System:
         """Return key and value of a payment for each number, as the service that owns them publishes it."""
         schema = producing.ForeignSchema.FLAT
         with Wire(self._settings) as wire:
-            ids = {schema: wire.register(schema.subject(in_cluster(topics.PAYMENTS, self.name)), schema.text)}
+            ids: dict[str, int] = {schema: wire.register(schema.subject(in_cluster(topics.PAYMENTS, self.name)), schema.text)}
         found: list[tuple[bytes, bytes]] = []
         for number in numbers:
             payment = {

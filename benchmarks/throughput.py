@@ -157,10 +157,8 @@ def measure(lab: Laboratory, sizes: Sizes, say: Callable[[str], None], names: Se
             turn = repetition % len(peers)
             for peer in peers[turn:] + peers[:turn]:
                 events = sizes.slow_events if peer.is_slow else sizes.events
-                if peer.name == OURS:
-                    found = run_ours(lab, SOURCE, events)
-                else:
-                    found = run_peer(lab, peer, pythons[peer.name], SOURCE, events)
+                is_ours = peer.name == OURS
+                found = run_ours(lab, SOURCE, events) if is_ours else run_peer(lab, peer, pythons[peer.name], SOURCE, events)
                 runs[peer.name].append(found)
                 say(f"{repetition + 1}/{sizes.repetitions} {peer.label}: {found['events_per_second']:,.0f} events/s")
     versions = {peer.name: environments.versions(pythons[peer.name], (peer.package,)) for peer in peers}
@@ -185,7 +183,7 @@ def describe(result: dict[str, Any]) -> str:
                 figures.figure([run["cpu_us_per_event"] for run in found]).show(figures.tenth),
                 figures.whole(figures.figure([run["rss_bytes"] for run in found]).median / 2**20),
                 compared.show(figures.times) if compared else "",
-                f"≥ {peer.target:g}×" if peer.target else "",
+                f"≥ {figures.times(peer.target)}" if peer.target else "",
                 figures.verdict(is_met=compared.median >= peer.target) if compared and peer.target else "",
             ]
         )

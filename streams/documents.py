@@ -21,7 +21,7 @@ from streams.metrics import Metrics
 from streams.roles import Role, sender_of
 from streams.settings import CLIENT_NEEDS, SECRETS, VARIABLES, WORKER_NEEDS
 from streams.topics import DAY_SECONDS, DEAD_MAX_BYTES, Count, TopicSpec, physical
-from streams.topology import DELIVER, REQUESTS, TOPOLOGY, Step, all_topics
+from streams.topology import DELIVER, REQUESTS, TOPOLOGY, all_topics
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- flow:begin -->", "<!-- flow:end -->"
@@ -274,11 +274,6 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
 def outdated(root: Path = ROOT) -> list[Path]:
     """Return the generated files that are not as they should be."""
     return [path for path, text in pages(root).items() if not path.exists() or path.read_text("utf-8") != text]
-
-
-def writes_of(step: Step) -> frozenset[str]:
-    """Return every topic that `step` may publish to, `dead` included, its tables aside."""
-    return frozenset({*step.writes, topics.DEAD})
 
 
 def main(arguments: Sequence[str]) -> int:

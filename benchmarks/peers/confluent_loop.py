@@ -27,7 +27,7 @@ def main() -> None:
         if messages:
             meter.begin()
         for message in messages:
-            key, value = handle(message.value(), preferences)
+            key, value = handle(message.value() or b"", preferences)
             producer.produce(output, value, key)
         producer.poll(0)
         is_done = meter.add(len(messages))

@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
@@ -44,6 +44,8 @@ Show = Callable[[RenderableType], None]
 
 LOOK_SECONDS: Final = 0.05
 OPEN_LIMIT: Final = 12
+BURST: Final = 20  # frames in BURST_SECONDS
+BURST_SECONDS: Final = 10.0
 PATIENCE_SECONDS: Final = 30.0  # then a trail is printed as far as it has come
 COUNT_SECONDS: Final = 5.0
 TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
@@ -93,26 +95,27 @@ class Trails:
     def __init__(self, settings: Settings, web_url: str, show: Show, *, width: int) -> None:
         self.ended: dict[str, Mapping[str, Any]] = {}
         self.dead: dict[bytes, DeadLetter] = {}
-        self.printed = 0
         self._settings = settings
         self._web_url = web_url
         self._show = show
         self._width = width
         self._watched: set[str | bytes] = set()
         self._open: dict[str, _Open] = {}
+        self._begun_at: deque[float] = deque(maxlen=BURST)
         self._not_shown = 0
         self._counted_at = 0.0
         self._news = asyncio.Event()
-        self._stopping = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         """Note where the topics end now, and connect."""
-        self._session = await self._stopping.enter_async_context(aiohttp.ClientSession(timeout=TIMEOUT))
         self._registry = Registry(self._settings.registry_url, self._settings.data_dir / "schemas")
-        self._stopping.push_async_callback(self._registry.close)
         self._codec = Codec({}, self._registry.schemas)
-        self._decisions = self._stopping.enter_context(await in_thread(partial(self._from_the_end, topics.DECISIONS)))
-        self._dead = self._stopping.enter_context(await in_thread(partial(self._from_the_end, topics.DEAD)))
+        async with contextlib.AsyncExitStack() as opened:
+            opened.push_async_callback(self._registry.close)
+            self._session = await opened.enter_async_context(aiohttp.ClientSession(timeout=TIMEOUT))
+            self._decisions = opened.enter_context(await self._from_the_end(topics.DECISIONS))
+            self._dead = opened.enter_context(await self._from_the_end(topics.DEAD))
+            self._stopping = opened.pop_all()
         self._task = asyncio.create_task(self._follow(), name="trails")
         return self
 
@@ -152,12 +155,23 @@ class Trails:
         found = ", ".join(f"{each.get('channel') or 'delivery'} {each.get('status')}" for each in deliveries)
         return found or "decided, not delivered yet"
 
-    def _from_the_end(self, logical: str) -> Reader:
+    async def _from_the_end(self, logical: str) -> Reader:
         topic = physical(self._settings.env, logical)
-        partitions = list(range(partition_count(self._settings.kafka, topic)))
-        with Reader(self._settings.kafka, topic, partitions) as probe:
-            ends = {number: end for number, (_, end) in probe.sizes().items()}
-        return Reader(self._settings.kafka, topic, ends)
+
+        def open_reader() -> Reader:
+            partitions = list(range(partition_count(self._settings.kafka, topic)))
+            with Reader(self._settings.kafka, topic, partitions) as probe:
+                ends = {number: end for number, (_, end) in probe.sizes().items()}
+            return Reader(self._settings.kafka, topic, ends)
+
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return await in_thread(open_reader)
+            except KafkaException:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(1)  # the broker died a moment ago, and is being started again
 
     async def _follow(self) -> None:
         while True:
@@ -171,17 +185,19 @@ class Trails:
         for message in self._dead.more(0):
             self._set_aside(message)
         for message in self._decisions.more(0):
-            await self._decided(message)
+            with contextlib.suppress(NotifyError):  # not shown, that is all
+                await self._decided(message)
         if self._open:
             await asyncio.gather(*(self._ask(notification, opened) for notification, opened in list(self._open.items())))
         now = time.monotonic()
         if self._not_shown and now - self._counted_at > COUNT_SECONDS:
             self._counted_at = now
-            self._show(Text(f"… and {self._not_shown:,} more; `notify trail ID` shows any of them", style="dim"))
+            self._show(Text(f"… and {self._not_shown:,} more that are not shown here: `notify trail ID`, `notify dlq list`", style="dim"))
             self._not_shown = 0
 
     async def _decided(self, message: Message) -> None:
-        if len(self._open) >= OPEN_LIMIT and not self._watched:
+        is_too_much = len(self._open) >= OPEN_LIMIT or self._is_burst()
+        if is_too_much and not self._watched:
             self._not_shown += 1
             return
         try:
@@ -190,10 +206,14 @@ class Trails:
             await self._registry.learn(error.schema_id)
             decision = self._codec.decode(message.value(), DecisionRecord)
         notification = decision.notification_id
-        if len(self._open) >= OPEN_LIMIT and notification not in self._watched:
+        if is_too_much and notification not in self._watched:
             self._not_shown += 1
         else:
             self._open[notification] = _Open(decision, time.monotonic())
+            self._begun_at.append(time.monotonic())
+
+    def _is_burst(self) -> bool:
+        return len(self._begun_at) == BURST and time.monotonic() - self._begun_at[0] < BURST_SECONDS
 
     async def _ask(self, notification: str, opened: _Open) -> None:
         token = issue(self._settings.token_key, user_id=None, lifetime_seconds=TOKEN_SECONDS)
@@ -212,7 +232,6 @@ class Trails:
             self._not_shown += 1
 
     def _end(self, notification: str, document: Mapping[str, Any]) -> None:
-        self.printed += 1
         frame = panel(document)
         decision = document.get("decision") or {}
         frame.title = Text(f" {decision.get('rule', '')} ", style="bold green" if succeeded(document) else "bold yellow")
@@ -225,8 +244,13 @@ class Trails:
 
     def _set_aside(self, message: Message) -> None:
         letter = DeadLetter.of(message)
+        is_watched = letter.value is not None and letter.value in self._watched
+        if self._is_burst() and not is_watched:
+            self._not_shown += 1
+            return
+        self._begun_at.append(time.monotonic())
         self._show(dead_panel(letter, width=self._width))
-        if letter.value is not None and letter.value in self._watched:
+        if letter.value is not None and is_watched:
             self.dead[letter.value] = letter
             self._news.set()
 

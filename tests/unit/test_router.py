@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.ports import Effects, Source
@@ -229,6 +229,7 @@ def test_a_users_key_is_made_once() -> None:
     assert desk.state[KEYS] == before
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(min_value=0, max_value=40), min_size=1, max_size=60))
 def test_the_table_of_ids_forgets_what_is_past_its_window(gaps_hours: list[int]) -> None:
     desk = Desk()

@@ -228,7 +228,14 @@ class Laboratory:
         """
         result = self.folder / f"{name}.json"
         log = self.folder / f"{name}.log"
-        env = {**outside(), **variables, "BENCH_RESULT": str(result), "BENCH_KAFKA": self.kafka, "BENCH_PARTITIONS": str(PARTITIONS)}
+        env = {
+            **outside(),
+            **variables,
+            "BENCH_RESULT": str(result),
+            "BENCH_KAFKA": self.kafka,
+            "BENCH_PARTITIONS": str(PARTITIONS),
+            "TMPDIR": str(self.folder),  # what a program leaves behind goes with the folder
+        }
         with log.open("wb") as out:
             process = subprocess.Popen(self.cores.pinned(command), env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
             try:

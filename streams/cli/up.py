@@ -482,7 +482,7 @@ def _problems(played: list[Played], trails: Trails) -> Iterator[str]:
 
 def _explain(error: BaseException) -> int:
     """Say what went wrong, without a traceback unless one was asked for; return the exit code."""
-    from streams.embedded.processes import StackError
+    from streams.embedded.processes import PortInUseError, StackError
 
     context = click.get_current_context(silent=True)
     if context is not None and context.find_root().params.get("traceback"):
@@ -492,6 +492,8 @@ def _explain(error: BaseException) -> int:
         console.fail([f"{head[0].upper()}{head[1:]}"])
         for line in tail:
             console.stderr().print(Text(f"  {console.safe(line)}", style="dim"))
+        if isinstance(error, PortInUseError):
+            console.stderr().print(Text("  --port-base N takes others, --free-ports any.", style="dim"))
         return EXIT_FAILURE
     explained = explain(error) if isinstance(error, Exception) else None
     if explained is None:

@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from channels.base import Channel
 
 
-def build_channels(*, smtp_url: str, mail_from: str) -> dict[str, Channel]:
-    """Return every channel by its name, none of them open. Raises SettingsError for a malformed URL or sender."""
+def build_channels(*, smtp_url: str, mail_from: str, max_open: int = 32) -> dict[str, Channel]:
+    """Return every channel by its name, none of them open. `max_open`: calls at once to a provider.
+
+    Raises SettingsError for a malformed URL or sender.
+    """
     channels: tuple[Channel, ...] = (
-        EmailChannel(smtp_url, mail_from),
+        # a connection a call, so that none waits for another; together shorter than a drain (streams.runner.DRAIN_SECONDS)
+        EmailChannel(smtp_url, mail_from, max_open=max_open, pool_size=max_open, connect_timeout_seconds=5, send_timeout_seconds=12),
         InAppChannel(),
     )
     return {channel.name: channel for channel in channels}

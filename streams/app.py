@@ -10,11 +10,12 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from secrets import token_bytes
 from typing import Any, NamedTuple, cast
 
@@ -37,6 +38,7 @@ from schemas.errors import (
     SettingsError,
     UndecodableError,
     UnknownSchemaError,
+    UnsealableError,
 )
 from schemas.ids import digest, partition_of
 from schemas.messages import (
@@ -183,7 +185,7 @@ class Worker(NotifyApp):
         runner.committed = self._committed
         if self.keys is not None:
             runner.on_assigned.append(self.keys.follow)
-        runner.on_acquired.append(self._show_tables)
+        runner.on_acquired += [self._show_tables, self._check_seal_key]
         self.owner = self.runner = runner
         self.watch = HealthWatch(runner)
         self.add_future(self.watch.watch())
@@ -199,7 +201,7 @@ class Worker(NotifyApp):
 
     async def _sending(self, tools: Tools) -> MakeShard:
         settings = self.settings
-        channels = build_channels(smtp_url=settings.smtp_url, mail_from=settings.mail_from)
+        channels = build_channels(smtp_url=settings.smtp_url, mail_from=settings.mail_from, max_open=settings.max_open_attempts)
         for channel in channels.values():
             await channel.open()
             self._closing.append(channel.close)
@@ -272,7 +274,7 @@ class Worker(NotifyApp):
             return {topics.PARKED: Input(decode=decode, decide=unparked, learn=self._learn)}
         return {topics.PAYMENTS: Input(decode=decode, decide=payment, learn=self._learn, parked_in=topics.PARKED)}
 
-    async def _learn(self, messages: Sequence[Record]) -> None:
+    async def _learn(self, messages: Iterable[Record]) -> None:
         """Ask the registry for the schemas of `messages` that are not known yet."""
         unknown: set[int] = set()
         for message in messages:
@@ -310,7 +312,24 @@ class Worker(NotifyApp):
         assert self._codec is not None
         user = user_id.encode()
         row = await self.keys.look_up(partition_of(user, self.settings.partitions), user)
-        return None if row is None else unwrap(self.settings.seal_key, self._codec.decode(row, UserKey).wrapped, user_id=user_id)
+        return None if row is None else self._unwrap(row)
+
+    def _unwrap(self, row: bytes) -> bytes:
+        assert self._codec is not None
+        stored = self._codec.decode(row, UserKey)
+        try:
+            return unwrap(self.settings.seal_key, stored.wrapped, user_id=stored.user_id)
+        except UnsealableError:
+            # going on would skip every delivery as erased, or set every request aside
+            leave("NOTIFY_SEAL_KEY is not the key that wrapped the users' keys")
+
+    def _check_seal_key(self, runner: Runner) -> None:
+        """Leave when one of the stored keys does not open with ours."""
+        tables = [shard.tables["keys"] for shard in runner.shards.values() if "keys" in shard.tables]
+        followed = list(self.keys.tables()) if self.keys is not None else []
+        for rows in (*tables, *followed):
+            for row in islice(rows.values(), 1):
+                self._unwrap(row)
 
     def owner_of(self, partition: int) -> str | None:
         """Return the base URL of the worker that owns a partition of the users' topics; None: this one, or nobody."""
@@ -408,6 +427,7 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
         web_bind=settings.web_host,
         web_host=settings.web_host,
         web_port=settings.web_port,
+        canonical_url=_web_url(settings),
         web_tables_enabled=False,
         web_router_enabled=False,
         worker_redirect_stdouts=False,
@@ -441,7 +461,11 @@ def _static_member(settings: Settings) -> str | None:
     """
     if settings.worker_name is None:
         return None
-    return f"{settings.worker_name}-{settings.role}-{digest(settings.web_host, str(settings.web_port), size=4)}"
+    return f"{settings.worker_name}-{settings.role}-{digest(_web_url(settings), size=4)}"
+
+
+def _web_url(settings: Settings) -> str:
+    return settings.web_url or f"http://{settings.web_host}:{settings.web_port}"
 
 
 def _bind(app: Worker, step: Step) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
@@ -48,6 +48,10 @@ class Follower:
     def stop(self) -> None:
         """End the thread."""
         self._stopping.set()
+
+    def tables(self) -> list[Mapping[bytes, bytes]]:
+        """Return the rows of each followed partition."""
+        return list(self._rows.values())
 
     def get(self, partition: int, key: bytes) -> bytes | None:
         """Return the row as far as the topic was read."""

@@ -89,10 +89,12 @@ class HealthWatch:
             for channel, (_, is_held) in shard.waiting().items()
             if is_held
         }
+        committed = {(topic, shard.partition): shard.committed_at for shard in runner.shards.values() for topic in shard.physical_topics()}
         stuck = [
             f"{topic}-{partition}"
             for (topic, partition), (_, since) in self._moved.items()
-            if self._lag.get((topic, partition)) and now - since > STUCK_SECONDS and not held
+            # a delivery that is refused for now holds its watermark, yet each try is committed
+            if self._lag.get((topic, partition)) and now - max(since, committed.get((topic, partition), since)) > STUCK_SECONDS and not held
         ]
         is_assigned = bool(runner.shards)
         return Health(

@@ -22,8 +22,12 @@ class Metrics:
             return Gauge(f"notify_{name}", text, labels, registry=registry)
 
         self.records = counter("records_total", "Records handled, by input topic.", "topic")
-        self.events = counter("events_total", "Events that became requests, by outcome.", "outcome")
-        self.decisions = counter("decisions_total", "Decisions, by outcome.", "outcome")
+        self.events = counter(
+            "events_total",
+            "What records became at steps that decide no requests.",
+            "outcome",
+        )
+        self.decisions = counter("decisions_total", "Requests decided; rekeyed: sent on to the user's own partition.", "outcome")
         self.deliveries = counter("deliveries_total", "Delivery attempts that ended, by how.", "channel", "lane", "provider", "outcome")
         self.attempts_open = gauge("attempts_open", "Calls to a provider that are running.", "provider")
         self.delivery_seconds = Histogram(
@@ -37,8 +41,8 @@ class Metrics:
         self.commit_seconds = Histogram(
             "notify_commit_seconds", "How long a transaction's commit took.", registry=registry, buckets=_LATENCY_SECONDS
         )
-        self.lag = gauge("lag_records", "End offset of the broker less the watermark.", "topic", "partition")
-        self.commit_age = gauge("commit_age_seconds", "Since the last committed transaction of any owned partition.")
+        self.lag = gauge("lag_records", "The broker's end offset of committed records less the position.", "topic", "partition")
+        self.commit_age = gauge("commit_age_seconds", "Since the newest committed transaction of any owned partition.")
         self.recovery_rows = counter("recovery_rows_total", "Rows replayed from changelogs.")
         self.recovering = gauge("recovering", "1 while tables are being recovered.")
         self.dead_letters = counter("dead_letters_total", "Records set aside, by topic and error.", "topic", "error")

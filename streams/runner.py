@@ -14,10 +14,11 @@ import itertools
 import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from faust.types import TP
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 TURN_SECONDS = 0.010  # the longest stretch of work on the event loop, and so of one transaction
 _LOOK_AT_CLOCK_EVERY = 16
-DRAIN_SECONDS = 20.0
+DRAIN_SECONDS = 20.0  # longer than any call to a provider
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 _MISSING: Any = object()
 PROGRESS = "progress"
@@ -55,7 +56,7 @@ class Input:
 
     decode: Decode
     decide: Decide
-    learn: Callable[[Sequence[Record]], Awaitable[None]] | None = None
+    learn: Callable[[Iterable[Record]], Awaitable[None]] | None = None
     # topic for records whose schema the registry could not be asked for; None: the shard waits and tries again
     parked_in: str | None = None
 
@@ -175,7 +176,7 @@ class Lane:
     urgency: int
     handles: Input
     reader: Reader
-    queue: deque[Batch] = field(default_factory=deque)
+    queue: deque[Record] = field(default_factory=deque)  # a new one at each drain
     watermark: int | None = None  # next offset, as the last committed transaction says
     end: int | None = None  # done to here by position: control records count
     end_read: int | None = None  # read to here; it becomes `end` when everything before it is done
@@ -242,8 +243,7 @@ class Shard:
     def offer(self, batch: Batch) -> None:
         """Queue a batch."""
         lane = self.lanes[self.tools.names.logical[batch.topic]]
-        if batch.records:
-            lane.queue.append(batch)
+        lane.queue.extend(batch.records)
         lane.end_read = batch.end_offset
         self.wake.set()
 
@@ -251,7 +251,7 @@ class Shard:
         """Forget what is queued and wait until what runs is done, at most DRAIN_SECONDS."""
         self.is_draining = True
         for lane in self.lanes.values():
-            lane.queue.clear()
+            lane.queue = deque()
             lane.end = lane.end_read = None
         self.wake.set()
         try:
@@ -264,6 +264,10 @@ class Shard:
         if self._task is not None:
             self._task.cancel()
         self.writer.discard()
+
+    def physical_topics(self) -> list[str]:
+        """Return the inputs, as the cluster names them."""
+        return [self.tools.names.physical[topic] for topic in self.lanes]
 
     def has_work(self) -> bool:
         """Say whether something waits or runs."""
@@ -369,35 +373,35 @@ class DecidingShard(Shard):
             await self._advance(lane)
 
     async def _advance(self, lane: Lane) -> None:
-        batch = lane.queue[0]
+        queue = lane.queue
         if lane.handles.learn is not None:
-            await lane.handles.learn(batch.records[batch.start :])
+            await lane.handles.learn(islice(queue, MAX_BATCH_RECORDS))
         await self.tools.turns.take(lane.urgency)
-        if not lane.queue or lane.queue[0] is not batch:
+        if lane.queue is not queue:
             return  # drained meanwhile
         self.writer.begin()
         try:
-            stop, is_waiting = self._decide(lane, batch, min(len(batch.records), batch.start + lane.most))
+            count, is_waiting = self._decide(lane, islice(queue, lane.most))
             self.tools.fault("decided")
-            await self.commit(stop - batch.start)
+            await self.commit(count)
         except AbortedError as error:
             self.undo()
-            await self._try_less(lane, batch, error)
+            await self._try_less(lane, queue, error)
             return
-        self._done(lane, batch, stop)
+        self._done(lane, queue, count)
         lane.most = MAX_BATCH_RECORDS
         if is_waiting:
             await self._wait(lane)
         else:
             lane.tries = 0
 
-    async def _try_less(self, lane: Lane, batch: Batch, error: AbortedError) -> None:
+    async def _try_less(self, lane: Lane, queue: deque[Record], error: AbortedError) -> None:
         """After an aborted transaction: halve until the record that is too large stands alone, else wait a little."""
         if error.too_large:
-            lane.most = min(lane.most, len(batch)) // 2
+            lane.most = min(lane.most, len(queue)) // 2
             if lane.most == 0:
                 lane.most = MAX_BATCH_RECORDS
-                await self._set_aside(lane, batch, TooLargeError("the broker refused what it became for its size"))
+                await self._set_aside(lane, queue, TooLargeError("the broker refused what it became for its size"))
         else:
             log.warning("transaction.aborted step=%s partition=%d error=%s", self.step.name, self.partition, error)
             await self._wait(lane)
@@ -412,29 +416,28 @@ class DecidingShard(Shard):
         except TimeoutError:
             return
 
-    def _decide(self, lane: Lane, batch: Batch, limit: int) -> tuple[int, bool]:
-        """Decide records until the turn is over; return where it stopped, and whether the next record has to wait."""
+    def _decide(self, lane: Lane, records: Iterable[Record]) -> tuple[int, bool]:
+        """Decide records until the turn is over; return how many, and whether the next one has to wait."""
         began = time.perf_counter()
-        records = batch.records
         covered = lane.watermark or 0
         outcomes: list[str] = []
-        replayed = 0
+        count = replayed = 0
         is_waiting = False
-        index = batch.start
-        while index < limit:
-            message = records[index]
-            if message.offset() < covered:
+        last = None
+        for record in records:
+            if record.offset() < covered:
                 replayed += 1
-            elif not self._decide_one(lane, message, outcomes):
+            elif not self._decide_one(lane, record, outcomes):
                 is_waiting = True
                 break
-            index += 1
-            if index % _LOOK_AT_CLOCK_EVERY == 0 and time.perf_counter() - began > TURN_SECONDS:
+            last = record
+            count += 1
+            if count % _LOOK_AT_CLOCK_EVERY == 0 and time.perf_counter() - began > TURN_SECONDS:
                 break
-        if index > batch.start:
-            self.put_watermark(lane.topic, records[index - 1].offset() + 1)
-        self._count(lane.topic, index - batch.start - replayed, replayed, outcomes)
-        return index, is_waiting
+        if last is not None:
+            self.put_watermark(lane.topic, last.offset() + 1)
+        self._count(lane.topic, count - replayed, replayed, outcomes)
+        return count, is_waiting
 
     def _decide_one(self, lane: Lane, message: Record, outcomes: list[str]) -> bool:
         """Add what a record becomes to the open transaction. False: it has to wait, and nothing was added."""
@@ -478,22 +481,20 @@ class DecidingShard(Shard):
             kind, _, name = outcome.partition(":")
             (metrics.decisions if kind == "decision" else metrics.events).labels(name or kind).inc(count)
 
-    def _done(self, lane: Lane, batch: Batch, stop: int) -> None:
-        if stop > batch.start:
-            lane.watermark = max(lane.watermark or 0, batch.records[stop - 1].offset() + 1)
-            lane.reader.finished(self.partition, stop - batch.start)
-            batch.start = stop
-        if batch.start >= len(batch.records) and lane.queue and lane.queue[0] is batch:
-            lane.queue.popleft()
+    def _done(self, lane: Lane, queue: deque[Record], count: int) -> None:
+        """Move past `count` records of `queue`, which the committed transaction covers."""
+        for _ in range(count):
+            lane.watermark = queue.popleft().offset() + 1
+        lane.reader.finished(self.partition, count)
 
-    async def _set_aside(self, lane: Lane, batch: Batch, error: NotifyError) -> None:
+    async def _set_aside(self, lane: Lane, queue: deque[Record], error: NotifyError) -> None:
         """Dead-letter the one record that the broker refuses."""
-        message = batch.records[batch.start]
+        record = queue[0]
         self.writer.begin()
-        self.dead_letter(message, lane.topic, error)
-        self.put_watermark(lane.topic, message.offset() + 1)
+        self.dead_letter(record, lane.topic, error)
+        self.put_watermark(lane.topic, record.offset() + 1)
         await self.commit(1)
-        self._done(lane, batch, batch.start + 1)
+        self._done(lane, queue, 1)
 
 
 MakeShard = Callable[[Tools, Step, int, list[Lane]], Shard]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from schemas.errors import SettingsError
 from streams.roles import Role
@@ -36,6 +36,7 @@ class Settings:
     data_dir: Path
     web_host: str
     web_port: int
+    web_url: str
     partitions: int
     inbound_partitions: int
     replication: int
@@ -80,6 +81,7 @@ class Settings:
             data_dir=read("NOTIFY_DATA_DIR", _path, Path("~/.local/share/flowmart-notify").expanduser()),
             web_host=read("NOTIFY_WEB_HOST", str, "127.0.0.1"),
             web_port=read("NOTIFY_WEB_PORT", _between(1, 65535), 6066),
+            web_url=read("NOTIFY_WEB_URL", _http_url, ""),
             partitions=read("NOTIFY_PARTITIONS", _between(1, 10_000), 4),
             inbound_partitions=read("NOTIFY_INBOUND_PARTITIONS", _between(1, 10_000), 4),
             replication=read("NOTIFY_REPLICATION", _between(1, 9), 1),
@@ -107,6 +109,7 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_DATA_DIR": "a folder for what may be lost: the cache of schemas; default ~/.local/share/flowmart-notify",
     "NOTIFY_WEB_HOST": "the address that queries, health and metrics listen on; default 127.0.0.1",
     "NOTIFY_WEB_PORT": "their port; default 6066",
+    "NOTIFY_WEB_URL": "where other workers reach this one's web; default http://{NOTIFY_WEB_HOST}:{NOTIFY_WEB_PORT}",
     "NOTIFY_PARTITIONS": "partitions of every topic keyed by user; default 4, in production 24",
     "NOTIFY_INBOUND_PARTITIONS": "partitions of the payments topic; default 4",
     "NOTIFY_REPLICATION": "replicas of the topics that `notify topics ensure` makes; default 1, in production 3",
@@ -142,15 +145,23 @@ def _servers(text: str) -> str:
     return ",".join(server.strip() for server in text.split(","))
 
 
+def _split(text: str) -> SplitResult:
+    try:
+        return urlsplit(text)
+    except ValueError:
+        # its own message quotes the URL, and so a password
+        raise ValueError("is not a URL") from None
+
+
 def _http_url(text: str) -> str:
-    parts = urlsplit(text)
+    parts = _split(text)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("is not an http or https URL")
     return text.rstrip("/")
 
 
 def _smtp_url(text: str) -> str:
-    parts = urlsplit(text)
+    parts = _split(text)
     if parts.scheme not in {"smtp", "smtps", "smtp+starttls"} or not parts.hostname:
         raise ValueError("is not an smtp URL")
     return text

@@ -61,7 +61,16 @@ INTERRUPTED_EXIT_CODE: Final = 130
 SAMPLE_USER: Final = "cust_10482"
 OWN = frozenset({"NOTIFY_KAFKA_BOOTSTRAP", "NOTIFY_REGISTRY_URL", "NOTIFY_SMTP_URL"})
 NOT_PASSED_ON = frozenset(
-    {*OWN, "NOTIFY_ROLE", "NOTIFY_WORKER_NAME", "NOTIFY_DATA_DIR", "NOTIFY_CACHE_DIR", "NOTIFY_WEB_HOST", "NOTIFY_WEB_PORT"}
+    {
+        *OWN,
+        "NOTIFY_ROLE",
+        "NOTIFY_WORKER_NAME",
+        "NOTIFY_DATA_DIR",
+        "NOTIFY_CACHE_DIR",
+        "NOTIFY_WEB_HOST",
+        "NOTIFY_WEB_PORT",
+        "NOTIFY_WEB_URL",
+    }
 )
 SERVERS: Final = {"kafka": "broker and controller", "registry": "of Avro schemas", "mail": "a mail server and its inbox page"}
 EPILOG = console.examples("notify up", "notify up --once --data-dir /tmp/try", "notify up --no-demo --free-ports --ready-file ready.json")

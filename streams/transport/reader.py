@@ -36,10 +36,6 @@ class Batch:
     epoch: int
     records: Sequence[Record]
     end_offset: int | None = None
-    start: int = 0  # records before it are done
-
-    def __len__(self) -> int:
-        return len(self.records) - self.start
 
 
 class Reader:

@@ -174,6 +174,7 @@ class System:
         assert worker.process is not None
         worker.process.terminate()
         worker.process.wait(seconds)
+        self.workers = {name: each for name, each in self.workers.items() if each is not worker}
 
     def close(self) -> None:
         self._supervising = False

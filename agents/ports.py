@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import NamedTuple, Protocol
 
 from schemas.messages import Message
 
@@ -12,11 +13,39 @@ from schemas.messages import Message
 State = Mapping[str, Mapping[bytes, bytes]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class Source(Protocol):
     """Where and when a record was read. `at` is its Kafka timestamp: a decision's only clock."""
 
-    topic: str  # as `schemas.topics` names it, without the environment's prefix
+    @property
+    def topic(self) -> str:
+        """The topic as `schemas.topics` names it, without the environment's prefix."""
+
+    @property
+    def partition(self) -> int:
+        """The partition."""
+
+    @property
+    def offset(self) -> int:
+        """The offset."""
+
+    @property
+    def at(self) -> datetime:
+        """The Kafka timestamp, aware, UTC."""
+
+    @property
+    def key(self) -> bytes | None:
+        """The key's bytes."""
+
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes]]:
+        """The headers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownSource:
+    """A source whose facts are given: of a parked record, of a test."""
+
+    topic: str
     partition: int
     offset: int
     at: datetime
@@ -24,9 +53,8 @@ class Source:
     headers: Sequence[tuple[str, bytes]] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A record to publish. `partition` None: by the key, as the Java client does."""
+class Output(NamedTuple):
+    """A record to publish. `partition` None: the shard's own, or by the key where records are re-keyed."""
 
     topic: str
     key: bytes
@@ -34,8 +62,7 @@ class Output:
     partition: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A changed row of a table; `value` None deletes it."""
 
     table: str

@@ -24,6 +24,10 @@ _OWN_PEERS = ",".join(peer.name for peer in throughput.PEERS if peer.lock is Non
 _ALL_PEERS = ",".join(peer.name for peer in throughput.PEERS)
 
 
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
 def main(  # noqa: PLR0913 - one parameter an option
     *,
     only: Annotated[str, typer.Option(metavar="NAMES", help=f"Which benchmarks, by comma: {', '.join(report.SECTIONS)}.")] = ",".join(
@@ -87,4 +91,4 @@ def _names(option: str, text: str, known: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app(prog_name="python -m benchmarks")

@@ -126,6 +126,8 @@ class Laboratory:
         """Create the topics that are missing."""
         wanted = targets(specs, env=env, partitions=PARTITIONS, inbound_partitions=PARTITIONS, replication=1)
         apply(self.admin, plan(self.admin, wanted))
+        # a client that comes before the leaders are up waits for seconds, and that is nobody's figure
+        self._ends(target.name for target in wanted)
 
     def drop(self, names: Iterable[str]) -> None:
         """Delete topics by their names in the cluster."""
@@ -181,7 +183,11 @@ class Laboratory:
 
     def end(self, topic: str) -> int:
         """Return the sum of a topic's end offsets."""
-        asked = {TopicPartition(topic, number): OffsetSpec.latest() for number in range(PARTITIONS)}  # type: ignore[no-untyped-call]
+        return sum(self._ends([topic]))
+
+    def _ends(self, names: Iterable[str]) -> list[int]:
+        places = [TopicPartition(name, number) for name in names for number in range(PARTITIONS)]
+        asked = {place: OffsetSpec.latest() for place in places}  # type: ignore[no-untyped-call]
 
         def answer() -> list[int] | None:
             try:
@@ -192,7 +198,7 @@ class Laboratory:
                     return None
                 raise
 
-        return sum(wait_for(answer, seconds=_ANSWER_SECONDS, what=f"{topic} has leaders"))
+        return wait_for(answer, seconds=_ANSWER_SECONDS, what="the topics have leaders")
 
     def read(self, topic: str) -> Iterator[Message]:
         """Yield every committed record of a topic, to its end."""

@@ -49,7 +49,7 @@ class Sampler:
         spent, self._last = now - self._last, now
         if frame is not None:
             code = frame.f_code
-            self._own[(code.co_filename, code.co_qualname, frame.f_lineno)] += spent  # type: ignore[assignment]  # Counter of seconds
+            self._own[(code.co_filename, code.co_qualname, frame.f_lineno or code.co_firstlineno)] += spent  # type: ignore[assignment]  # Counter of seconds
 
 
 def thread_seconds() -> dict[str, float]:

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
@@ -26,7 +26,7 @@ from faust.assignor.partition_assignor import PartitionAssignor
 from faust.types import TP
 
 from agents import inbox, signals, triggers
-from agents.ports import Effects, Source, State
+from agents.ports import Effects, KnownSource, Source, State
 from agents.router import Router
 from channels.registry import build_channels
 from schemas import topics
@@ -385,16 +385,17 @@ def _nothing(_delivery: Delivery, _source: Source, _state: State) -> Effects:
     raise AssertionError("a sender's shard calls providers, it decides nothing")
 
 
-def _original(source: Source) -> Source:
+def _original(source: Source) -> KnownSource:
     """Return where a parked record was read first."""
     headers = dict(source.headers)
     try:
-        return replace(
-            source,
+        return KnownSource(
             topic=headers["topic"].decode(),
             partition=int(headers["partition"]),
             offset=int(headers["offset"]),
             at=datetime.fromtimestamp(int(headers["timestamp"]) / 1000, UTC),
+            key=source.key,
+            headers=source.headers,
         )
     except (KeyError, ValueError) as error:
         raise UndecodableError("a parked record without the headers that say where it came from") from error

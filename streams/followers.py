@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from streams.transport.admin import offset_bounds
-from streams.transport.changelog import apply_record, reading_config
+from streams.transport.changelog import apply_record
 from streams.transport.cluster import Cluster, leave
 from streams.transport.records import fetch
 
@@ -78,7 +78,7 @@ class Follower:
         return found
 
     def _run(self, rows: dict[int, dict[bytes, bytes]], positions: dict[int, int], stopping: threading.Event) -> None:
-        consumer = Consumer(reading_config(self._cluster, self._group, fetch_wait_ms=500))
+        consumer = Consumer(self._cluster.reading(self._group, fetch_wait_ms=500))
         try:
             firsts = offset_bounds(self._cluster, [(self._topic, partition) for partition in rows])
             consumer.assign([TopicPartition(self._topic, partition, firsts[(self._topic, partition)][0]) for partition in rows])

@@ -14,7 +14,7 @@ import itertools
 import logging
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -139,16 +139,39 @@ class Tools:
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
 
-def source_of(message: Record, logical: str) -> Source:
-    """Return where and when `message` was read."""
-    return Source(
-        topic=logical,
-        partition=message.partition(),
-        offset=message.offset(),
-        at=datetime.fromtimestamp(message.timestamp()[1] / 1000, UTC),
-        key=message.key(),
-        headers=message.headers() or (),
-    )
+class RecordSource:
+    """The source of a record, each fact looked up when it is asked for: few decisions ask for all."""
+
+    __slots__ = ("_record", "topic")
+
+    def __init__(self, record: Record, topic: str) -> None:
+        self._record = record
+        self.topic = topic
+
+    @property
+    def partition(self) -> int:
+        """The partition."""
+        return self._record.partition()
+
+    @property
+    def offset(self) -> int:
+        """The offset."""
+        return self._record.offset()
+
+    @property
+    def at(self) -> datetime:
+        """The Kafka timestamp, aware, UTC."""
+        return datetime.fromtimestamp(self._record.timestamp()[1] / 1000, UTC)
+
+    @property
+    def key(self) -> bytes | None:
+        """The key's bytes."""
+        return self._record.key()
+
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes]]:
+        """The headers."""
+        return self._record.headers() or ()
 
 
 def dead_letter_headers(message: Record, logical: str, error: BaseException, role: str) -> Headers:
@@ -381,7 +404,7 @@ class DecidingShard(Shard):
             return  # drained meanwhile
         self.writer.begin()
         try:
-            count, is_waiting = self._decide(lane, islice(queue, lane.most))
+            count, is_waiting = await self._fill(lane, queue)
             self.tools.fault("decided")
             await self.commit(count)
         except AbortedError as error:
@@ -394,6 +417,22 @@ class DecidingShard(Shard):
             await self._wait(lane)
         else:
             lane.tries = 0
+
+    async def _fill(self, lane: Lane, queue: deque[Record]) -> tuple[int, bool]:
+        """Decide into the open transaction, turn by turn, until it is full, the queue is empty or something more urgent came.
+
+        Return how many records, and whether the next one has to wait. A commit takes as long for one turn as for four.
+        """
+        more_urgent = [each for each in self.lanes.values() if each.urgency < lane.urgency]
+        count = 0
+        while True:
+            decided, is_waiting = self._decide(lane, islice(queue, count, lane.most))
+            count += decided
+            if is_waiting or count >= min(lane.most, len(queue)) or any(each.queue for each in more_urgent):
+                return count, is_waiting
+            await self.tools.turns.take(lane.urgency)
+            if lane.queue is not queue:
+                return count, False  # drained meanwhile: what was decided still counts
 
     async def _try_less(self, lane: Lane, queue: deque[Record], error: AbortedError) -> None:
         """After an aborted transaction: halve until the record that is too large stands alone, else wait a little."""
@@ -443,7 +482,7 @@ class DecidingShard(Shard):
         """Add what a record becomes to the open transaction. False: it has to wait, and nothing was added."""
         handles = lane.handles
         try:
-            effects = handles.decide(handles.decode(message), source_of(message, lane.topic), self.tables)
+            effects = handles.decide(handles.decode(message), RecordSource(message, lane.topic), self.tables)
             encoded = [self.encode(output) for output in effects.outputs]
         except RegistryUnavailableError:
             if handles.parked_in is None:
@@ -483,7 +522,9 @@ class DecidingShard(Shard):
 
     def _done(self, lane: Lane, queue: deque[Record], count: int) -> None:
         """Move past `count` records of `queue`, which the committed transaction covers."""
-        for _ in range(count):
+        for _ in range(count - 1):
+            queue.popleft()
+        if count:
             lane.watermark = queue.popleft().offset() + 1
         lane.reader.finished(self.partition, count)
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from uuid import UUID, uuid5
 
 from agents import triggers
-from agents.ports import Source
+from agents.ports import KnownSource
 from schemas import examples, producing, topics
 from schemas.codec import frame
 from schemas.errors import UnroutableError
@@ -95,7 +95,7 @@ def fresh(payment: Mapping[str, object], *, run: str, now: datetime) -> dict[str
 
 def expected(record: Mapping[str, object], raw: bytes) -> str | None:
     """Return the id of the notification that a payment becomes; None when it names nobody."""
-    nowhere = Source(topic="", partition=0, offset=0, at=datetime.now(UTC))
+    nowhere = KnownSource(topic="", partition=0, offset=0, at=datetime.now(UTC))
     try:
         effects = triggers.ingest_payment(record, nowhere, raw)
     except UnroutableError:

@@ -6,7 +6,6 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
@@ -25,24 +24,6 @@ class ChangelogError(Exception):
     """A changelog cannot be read to its end. The worker cannot own the partition."""
 
 
-def reading_config(cluster: Cluster, group: str, *, fetch_wait_ms: int) -> dict[str, Any]:
-    """Return the configuration of a consumer that reads a log from the beginning and commits nothing.
-
-    `fetch_wait_ms`: how long the broker may hold an empty answer back, and so how late the end is noticed.
-    """
-    return cluster.config(
-        group_id=group,
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",
-        isolation_level="read_committed",
-        enable_partition_eof=True,
-        fetch_wait_max_ms=fetch_wait_ms,
-        fetch_error_backoff_ms=20,
-        topic_metadata_refresh_fast_interval_ms=20,
-        queued_max_messages_kbytes=65_536,
-    )
-
-
 def read_to_end(
     cluster: Cluster,
     *,
@@ -57,7 +38,7 @@ def read_to_end(
     """
     if not tables:
         return 0
-    consumer = Consumer(reading_config(cluster, group, fetch_wait_ms=10))
+    consumer = Consumer(cluster.reading(group, fetch_wait_ms=10))
     remaining = set(tables)
     count = 0
     silent_since = time.monotonic()

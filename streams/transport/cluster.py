@@ -36,6 +36,26 @@ class Cluster:
             **{name.replace("_", "."): value for name, value in more.items()},
         }
 
+    def reading(self, group: str, *, fetch_wait_ms: int) -> dict[str, Any]:
+        """Return the configuration of a consumer that is told where to read, sees committed records and commits nothing.
+
+        `fetch_wait_ms`: how long the broker may hold an empty answer back, and so how late an end is noticed.
+        """
+        return self.config(
+            group_id=group,
+            enable_auto_commit=False,
+            enable_auto_offset_store=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            enable_partition_eof=True,
+            fetch_wait_max_ms=fetch_wait_ms,
+            fetch_error_backoff_ms=20,
+            fetch_queue_backoff_ms=10,
+            fetch_message_max_bytes=2_097_152,
+            topic_metadata_refresh_fast_interval_ms=20,
+            queued_max_messages_kbytes=32_768,
+        )
+
 
 class RateLimited(logging.LoggerAdapter[logging.Logger]):
     """Passes each distinct message at most once in `seconds`: an absent broker is said once, not a hundred times a second."""

@@ -20,10 +20,11 @@ from streams.transport.records import Fetched, Record, fetch
 
 log = logging.getLogger(__name__)
 
-MAX_BATCH_RECORDS = 1_000
-# above so many unfinished records a partition is not fetched; below half of it, it is again
-MAX_OUTSTANDING_RECORDS = 4_000
+MAX_BATCH_RECORDS = 2_000
+# above so many unfinished records of a partition nothing more of it is taken
+MAX_OUTSTANDING_RECORDS = 8_000
 _POLL_SECONDS = 0.05
+_PATIENCE_SECONDS = 0.25
 _FETCH_WAIT_MS = 500
 
 
@@ -43,24 +44,12 @@ class Reader:
 
     def __init__(self, cluster: Cluster, *, group: str, topic: str, deliver: Callable[[list[Batch]], None]) -> None:
         self.topic = topic
-        self._config = cluster.config(
-            group_id=group,
-            enable_auto_commit=False,
-            enable_auto_offset_store=False,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            enable_partition_eof=True,
-            fetch_wait_max_ms=_FETCH_WAIT_MS,
-            fetch_error_backoff_ms=20,
-            topic_metadata_refresh_fast_interval_ms=20,
-            fetch_queue_backoff_ms=10,
-            queued_max_messages_kbytes=16_384,
-            fetch_message_max_bytes=2_097_152,
-        )
+        self._config = cluster.reading(group, fetch_wait_ms=_FETCH_WAIT_MS)
         self._deliver = deliver
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._lock = threading.Lock()
+        self._room = threading.Event()
         self._outstanding: dict[int, int] = {}
 
     def start(self, positions: Mapping[int, int], *, epoch: int) -> None:
@@ -84,6 +73,8 @@ class Reader:
         with self._lock:
             if partition in self._outstanding:
                 self._outstanding[partition] -= records
+                if self._outstanding[partition] < MAX_OUTSTANDING_RECORDS:
+                    self._room.set()
 
     def outstanding(self) -> int:
         """Return how many delivered records are unfinished."""
@@ -96,7 +87,8 @@ class Reader:
             consumer.assign([TopicPartition(self.topic, partition, offset) for partition, offset in positions.items()])
             paused: set[int] = set()
             while not stopping.is_set():
-                self._balance(consumer, paused, outstanding)
+                if not self._has_room(consumer, paused, outstanding):
+                    continue
                 batches = self._sort(fetch(consumer, wait_seconds=_POLL_SECONDS, most=MAX_BATCH_RECORDS), epoch)
                 if batches and not stopping.is_set():
                     with self._lock:
@@ -110,15 +102,25 @@ class Reader:
         finally:
             consumer.close()
 
-    def _balance(self, consumer: Consumer, paused: set[int], outstanding: Mapping[int, int]) -> None:
-        full = {p for p, n in outstanding.items() if n >= MAX_OUTSTANDING_RECORDS and p not in paused}
+    def _has_room(self, consumer: Consumer, paused: set[int], outstanding: Mapping[int, int]) -> bool:
+        """Say whether to fetch now. A partition that stays full is paused, so that it does not hold up the others.
+
+        Not at once: pausing throws away what librdkafka has fetched ahead, and fetching that again takes longer than
+        most backlogs take to fall.
+        """
         free = {p for p in paused if outstanding[p] < MAX_OUTSTANDING_RECORDS // 2}
-        if full:
-            consumer.pause([TopicPartition(self.topic, p) for p in full])
         if free:
             consumer.resume([TopicPartition(self.topic, p) for p in free])
+            paused -= free
+        self._room.clear()
+        full = {p for p, n in outstanding.items() if n >= MAX_OUTSTANDING_RECORDS and p not in paused}
+        if not full:
+            return True
+        if self._room.wait(_PATIENCE_SECONDS):
+            return False  # look again
+        consumer.pause([TopicPartition(self.topic, p) for p in full])
         paused |= full
-        paused -= free
+        return True
 
     def _sort(self, found: Fetched, epoch: int) -> list[Batch]:
         for (_, partition), error in found.errors:

@@ -62,7 +62,7 @@ def fetch(consumer: Consumer, *, wait_seconds: float, most: int) -> Fetched:
         else:
             found.errors.append((place, error))
     # an end that was reached before more came is not the end any more
-    for record in found.records:
+    for record in found.records if found.ends else ():
         place = (record.topic(), record.partition())
         if found.ends.get(place, record.offset() + 1) <= record.offset():
             del found.ends[place]

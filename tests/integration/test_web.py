@@ -24,7 +24,7 @@ from yarl import URL
 import schemas
 from agents import inbox, signals
 from agents.inbox import INBOX, NOTIFICATIONS
-from agents.ports import Effects, Source
+from agents.ports import Effects, KnownSource
 from schemas import topics
 from schemas.codec import pack
 from schemas.errors import RetryableError
@@ -39,7 +39,7 @@ from streams.views.proxy import FORWARDED, MAX_ANSWER_BYTES
 USER, OTHER = "user-1", "user-2"
 PARTITIONS = 4
 START = datetime(2026, 1, 15, 9, 30, 0, 125_000, tzinfo=UTC)
-SOURCE = Source(topic="status", partition=0, offset=0, at=START)
+SOURCE = KnownSource(topic="status", partition=0, offset=0, at=START)
 TOKEN_KEY = b"t" * 32
 USER_KEY = b"u" * 32
 TITLE, MESSAGE = "Payment received", "We received 12.50 EUR for order o-1"

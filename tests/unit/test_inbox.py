@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agents import inbox, signals
 from agents.inbox import INBOX, NOTIFICATIONS, SHELF_SIZES, Inbox, Notification, Shelf
-from agents.ports import Effects, Source
+from agents.ports import Effects, KnownSource
 from schemas.errors import InvalidEventError
 from schemas.ids import NotificationId, delivery_id, notification_id
 from schemas.messages import ChannelChoice, DecisionRecord, EngagementSignal, Origin, StatusChange
@@ -19,7 +19,7 @@ from schemas.status import Axis, Engagement, Status, order
 
 USER = "user-1"
 START = datetime(2026, 1, 15, 9, 30, tzinfo=UTC)
-SOURCE = Source(topic="status", partition=0, offset=0, at=START)
+SOURCE = KnownSource(topic="status", partition=0, offset=0, at=START)
 Tables = dict[str, dict[bytes, bytes]]
 Record = DecisionRecord | StatusChange
 

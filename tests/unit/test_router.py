@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.ports import Effects, Source
+from agents.ports import Effects, KnownSource, Source
 from agents.router import KEYS, PREFERENCES, SEEN, SUBJECTS, Router
 from schemas.codec import Codec, pack, unpack
 from schemas.errors import InvalidEventError, TemplateError, UnknownRuleError, VersionConflictError
@@ -63,7 +63,7 @@ class Desk:
 
     def _source(self, topic: str, at: datetime) -> Source:
         self.offset += 1
-        return Source(topic=topic, partition=HERE, offset=self.offset, at=at)
+        return KnownSource(topic=topic, partition=HERE, offset=self.offset, at=at)
 
     def ask(self, request: NotificationRequested, *, at: datetime = NOW, topic: str = "requests.normal") -> list[Any]:
         return self._apply(ROUTER.decide_request(request, self._source(topic, at), self.state))
@@ -173,7 +173,7 @@ def test_old_news_is_not_news_by_the_kafka_timestamp_of_the_event() -> None:
 
 def test_a_record_on_another_users_partition_goes_to_its_own_first() -> None:
     stray = replace(request(), user_id=next(f"u{i}" for i in range(99) if partition_of(b"u%d" % i, PARTITIONS) != HERE))
-    effects = ROUTER.decide_request(stray, Source(topic="requests.normal", partition=HERE, offset=1, at=NOW), Desk().state)
+    effects = ROUTER.decide_request(stray, KnownSource(topic="requests.normal", partition=HERE, offset=1, at=NOW), Desk().state)
     (output,) = effects.outputs
     assert output.topic == "requests.normal"
     assert output.partition == partition_of(stray.user_id.encode(), PARTITIONS)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.ports import Source
+from agents.ports import KnownSource
 from agents.triggers import RULES, ingest_payment
 from schemas.errors import TemplateError
 from schemas.examples import samples
@@ -34,7 +34,7 @@ PARTS = {Channel.EMAIL: {"subject", "text", "html"}, Channel.IN_APP: {"title", "
 
 
 def _data() -> Iterator[tuple[str, dict[str, str]]]:
-    source = Source(topic="payments", partition=0, offset=0, at=datetime(2026, 1, 2, tzinfo=UTC))
+    source = KnownSource(topic="payments", partition=0, offset=0, at=datetime(2026, 1, 2, tzinfo=UTC))
     bare = {"status": "confirmed", "userId": "u1"}
     for payment in [*samples("payments")[:4], bare, bare | {"status": "failed"}, bare | {"status": "pending"}]:
         (output,) = ingest_payment(payment, source, b"").outputs

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.ports import Effects, Source
+from agents.ports import Effects, KnownSource, Source
 from agents.triggers import RULES, ingest_payment
 from schemas import codec, topics
 from schemas.errors import NotifyError, UnroutableError
@@ -18,7 +18,7 @@ from schemas.examples import example, samples
 from schemas.messages import NotificationRequested, Origin
 from schemas.topics import Channel, Lane
 
-SOURCE = Source(topic=topics.PAYMENTS, partition=2, offset=40117, at=datetime(2024, 3, 15, 11, 4, 33, 402000, tzinfo=UTC))
+SOURCE = KnownSource(topic=topics.PAYMENTS, partition=2, offset=40117, at=datetime(2024, 3, 15, 11, 4, 33, 402000, tzinfo=UTC))
 FLAT, ENVELOPED, FAILED, PENDING, SMALL = samples("payments")
 
 

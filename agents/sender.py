@@ -13,6 +13,7 @@ import orjson
 
 from channels.base import OnUnknown, Receipt
 from schemas.errors import (
+    ExpiredError,
     ProviderError,
     ProviderRefusedError,
     ProviderRejectedError,
@@ -106,6 +107,8 @@ def verdict(end: Receipt | BaseException, *, failures: int, on_unknown: OnUnknow
             return Verdict(status=Status.RETRYING, reason=code, wait_seconds=pause, holds_channel=True)
         case ProviderRefusedError(code=code) | ProviderError(code=code):
             return Verdict(status=Status.RETRYING, reason=code, wait_seconds=pause)
+        case ExpiredError():
+            return Verdict(status=Status.EXPIRED)
         case UnsealableError():
             return Verdict(status=Status.SKIPPED, reason=SkipReason.ERASED)
         case SendUnknownError(code=code):

@@ -43,6 +43,9 @@ class Channel(Protocol):
     max_open: int  # calls at once per worker
     on_unknown: OnUnknown
 
+    def record(self, delivery: Delivery) -> Receipt | None:
+        """Return the receipt of a channel that calls nobody: the recorded status is all of its effect. None: call `send`."""
+
     async def open(self) -> None:
         """Get ready to send. Calls nobody: a worker starts while its provider is down. Repeating it changes nothing."""
 

@@ -188,6 +188,9 @@ class EmailChannel:
         self._busy: set[_Connection] = set()
         self._is_open = False
 
+    def record(self, delivery: Delivery) -> None:
+        """Return None: a provider is called."""
+
     async def open(self) -> None:
         """Load the trusted authorities, where TLS is wanted. Connects only when there is something to send."""
         if self._tls_context is None and self._server.scheme != "smtp":

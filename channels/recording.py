@@ -67,6 +67,9 @@ class RecordingChannel:
         """Let calls end again."""
         self._going.set()
 
+    def record(self, delivery: Delivery) -> None:
+        """Return None: a provider is called."""
+
     async def open(self) -> None:
         """Take calls from now on."""
         self._is_open = True

@@ -15,6 +15,7 @@
     │   ├── VersionConflictError        a change based on a version that is no longer the stored one
     │   ├── TooLargeError               what it became is larger than Kafka accepts
     │   ├── UnsealableError             sealed bytes that the user's key does not open
+    │   ├── ExpiredError                past its latest useful moment
     │   ├── TemplateError               a template cannot be rendered with this data
     │   ├── ProviderRejectedError       the provider will never take this delivery
     │   └── SettingsError               the environment does not describe a worker that can run
@@ -119,6 +120,10 @@ class TooLargeError(PermanentError):
 
 class UnsealableError(PermanentError):
     """Sealed bytes that the user's key does not open, or a user without a key (erased)."""
+
+
+class ExpiredError(PermanentError):
+    """A delivery past its latest useful moment. Nobody is called; the status is expired."""
 
 
 class TemplateError(PermanentError):

@@ -57,7 +57,7 @@ from streams.followers import Follower
 from streams.health import HealthWatch
 from streams.metrics import Metrics
 from streams.registry import Registry
-from streams.roles import Role
+from streams.roles import Role, step_back
 from streams.runner import Input, MakeShard, Names, Runner, Tools, Turns
 from streams.sending import Providers, SendingShard, Slots
 from streams.settings import WORKER_NEEDS, Settings
@@ -491,11 +491,13 @@ def _bind(app: Worker, step: Step) -> None:
 def app_from_environment() -> Worker:
     """Return the app that the environment describes, or end the process with every problem named at once."""
     try:
-        return build_app(Settings.from_env(os.environ, needs=WORKER_NEEDS))
+        app = build_app(Settings.from_env(os.environ, needs=WORKER_NEEDS))
     except NotifyError as error:
         problems = error.problems if isinstance(error, SettingsError) else [str(error)]
         sys.stderr.write("This worker cannot start:\n" + "".join(f"  - {problem}\n" for problem in problems))
         raise SystemExit(EXIT_SETTINGS) from None
+    step_back([app.role])
+    return app
 
 
 def __getattr__(name: str) -> Worker:

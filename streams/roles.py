@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from enum import StrEnum
 
 from schemas.topics import Lane
@@ -22,6 +24,16 @@ class Role(StrEnum):
     def lane(self) -> Lane | None:
         """The lane of a sender; None for the other roles."""
         return Lane(self.removeprefix("sender-")) if self.startswith("sender-") else None
+
+    @property
+    def niceness(self) -> int:
+        """How far the role steps back for the others where cores are short: bulk for normal, both for what is urgent."""
+        return {Role.SENDER_BULK: 10, Role.VIEWS: 5, Role.SENDER_NORMAL: 5}.get(self, 0)
+
+
+def step_back(roles: Iterable[Role]) -> None:
+    """Give this process the niceness of the most urgent of `roles`. An operator's own `nice` adds to it."""
+    os.nice(min(role.niceness for role in roles))
 
 
 def sender_of(lane: Lane) -> Role:

@@ -419,16 +419,16 @@ class DecidingShard(Shard):
             lane.tries = 0
 
     async def _fill(self, lane: Lane, queue: deque[Record]) -> tuple[int, bool]:
-        """Decide into the open transaction, turn by turn, until it is full, the queue is empty or something more urgent came.
+        """Decide into the open transaction; return how many records, and whether the next one has to wait.
 
-        Return how many records, and whether the next one has to wait. A commit takes as long for one turn as for four.
+        One turn, where something more urgent may come: it waits for no more than a turn and its commit. The most urgent
+        input fills its transaction turn by turn, since a commit takes as long for one turn as for four.
         """
-        more_urgent = [each for each in self.lanes.values() if each.urgency < lane.urgency]
         count = 0
         while True:
             decided, is_waiting = self._decide(lane, islice(queue, count, lane.most))
             count += decided
-            if is_waiting or count >= min(lane.most, len(queue)) or any(each.queue for each in more_urgent):
+            if lane.urgency or is_waiting or count >= min(lane.most, len(queue)):
                 return count, is_waiting
             await self.tools.turns.take(lane.urgency)
             if lane.queue is not queue:

@@ -23,7 +23,7 @@ from agents.sender import Attempt, AttemptState, Verdict, plan, verdict
 from channels.base import Channel, Receipt
 from schemas import topics
 from schemas.codec import unpack
-from schemas.errors import UndecodableError, UnsealableError
+from schemas.errors import ExpiredError, UndecodableError, UnsealableError
 from schemas.messages import Content, Delivery, StatusChange
 from schemas.sealed import unseal
 from schemas.status import Axis, Status
@@ -123,7 +123,11 @@ class SendingShard(Shard):
             if not self.is_draining:
                 self._take_in()
             ended, self._ended = self._ended, []
-            starts = [] if self.is_draining else self._choose()
+            starts: list[Job] = []
+            if not self.is_draining:
+                self._wake_waiting()
+                ended += self._settle_directly()
+                starts = self._choose()
             if ended or starts or self._has_progress():
                 self.idle.clear()
                 await self._transact(ended, starts)
@@ -201,12 +205,37 @@ class SendingShard(Shard):
 
     # ---- out
 
+    def _wake_waiting(self) -> None:
+        now = time.monotonic()
+        for out in self._outgoing.values():
+            while out.waiting and out.waiting[0][0] <= now:
+                out.ready.appendleft(heapq.heappop(out.waiting)[2])
+
+    def _settle_directly(self) -> list[tuple[Job, Receipt | BaseException]]:
+        """Return what ends without a call: deliveries past their time, and those of a channel that calls nobody.
+
+        For these, intent and outcome are one record.
+        """
+        now = datetime.now(UTC)
+        found: list[tuple[Job, Receipt | BaseException]] = []
+        for channel, out in self._outgoing.items():
+            record = self._providers.channels[channel].record
+            while out.ready:
+                delivery = out.ready[0].delivery
+                if delivery.expires_at is not None and delivery.expires_at < now:
+                    end: Receipt | BaseException | None = ExpiredError("past its latest useful moment")
+                else:
+                    end = record(delivery)
+                if end is None:
+                    break
+                found.append((out.ready.popleft(), end))
+        return found
+
     def _choose(self) -> list[Job]:
+        """Return the deliveries to call for next, each with a slot taken."""
         now = time.monotonic()
         starts: list[Job] = []
         for channel, out in self._outgoing.items():
-            while out.waiting and out.waiting[0][0] <= now:
-                out.ready.appendleft(heapq.heappop(out.waiting)[2])
             if out.held_until > now:
                 continue
             slots = self._providers.slots[channel]
@@ -223,11 +252,6 @@ class SendingShard(Shard):
         for job, end in ended:
             self._record_end(job, end)
         now = datetime.now(UTC)
-        expired = [job for job in starts if job.delivery.expires_at is not None and job.delivery.expires_at < now]
-        for job in expired:
-            starts.remove(job)
-            self._end_slot(job)
-            self._record(job, Verdict(status=Status.EXPIRED, reason="expired"), now)
         for job in starts:
             self._record_start(job, now)
         finished = self._move_watermarks()

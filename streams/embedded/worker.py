@@ -20,7 +20,7 @@ from mode import Service
 
 from schemas.errors import NotifyError, SettingsError
 from streams.app import EXIT_SETTINGS, Worker, build_app
-from streams.roles import Role
+from streams.roles import Role, step_back
 from streams.settings import CLIENT_NEEDS, Settings
 
 USAGE = "usage: python -m streams.embedded.worker ROLE:PORT [ROLE:PORT ...]"
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str]) -> None:
         problems = error.problems if isinstance(error, SettingsError) else [str(error)]
         sys.stderr.write("This worker cannot start:\n" + "".join(f"  - {problem}\n" for problem in problems))
         raise SystemExit(EXIT_SETTINGS) from None
+    step_back(app.role for app in apps)
     gc.freeze()  # what was imported stays for good: collections need not look at it again
     SharedWorker(apps).execute_from_commandline()
 

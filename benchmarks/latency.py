@@ -74,8 +74,8 @@ def _sample(running: System, users: Sequence[str], sizes: Sizes, *, first: int) 
     for index, number in enumerate(numbers):
         if index < warm_up:
             continue
-        samples["email"].append(mails[delivery_id(wanted[number], Channel.EMAIL)] - sent_at[index])
-        samples["in_app"].append(in_app[delivery_id(wanted[number], Channel.IN_APP)] - sent_at[index])
+        samples["email"].append(round(mails[delivery_id(wanted[number], Channel.EMAIL)] - sent_at[index], 6))
+        samples["in_app"].append(round(in_app[delivery_id(wanted[number], Channel.IN_APP)] - sent_at[index], 6))
     return {**samples, "late_seconds": figures.percentile(late[warm_up:], 0.99), "busy_cores": busy}
 
 

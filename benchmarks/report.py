@@ -49,7 +49,8 @@ def store(path: Path | None, key: str, entry: dict[str, Any]) -> None:
         return
     found = load(path) | {key: entry}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({name: found[name] for name in SECTIONS if name in found}, indent=1) + "\n", "utf-8")
+    lines = [f"{json.dumps(name)}: {json.dumps(found[name])}" for name in SECTIONS if name in found]  # a line each: thousands of samples
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
 
 
 def render(results: dict[str, Any]) -> str:

@@ -79,7 +79,8 @@ class Rows:
 class Progress:
     """Counts the events of committed transactions; ends the process when they are all.
 
-    A shard decides without awaiting until it passes `decided`, so what was decided since the last passage is its own.
+    A shard has one transaction at a time, so what was decided of its partition since its last commit is what it commits. An
+    aborted transaction would be counted twice; the outputs are counted afterwards, and would be too few.
     """
 
     def __init__(self, meter: Meter, sampler: Sampler | None, slice_events: int) -> None:
@@ -87,26 +88,27 @@ class Progress:
         self._sampler = sampler
         self._slice_events = slice_events
         self._slices: list[dict[str, float]] = []
-        self._open: dict[object, int] = {}
-        self._decided = 0
+        self._decided = [0] * int(os.environ["BENCH_PARTITIONS"])
         self._committed = 0
+        self._has_begun = False
         self.registry: CollectorRegistry | None = None
 
-    def decided(self) -> None:
-        """Count an event whose effects join the open transaction."""
-        if not self._decided and not self._committed and not self._open:
+    def decided(self, partition: int) -> None:
+        """Count an event whose effects join the open transaction of its shard."""
+        if not self._has_begun:
+            self._has_begun = True
             self._meter.begin()
             if self._sampler is not None:
                 self._sampler.start()
-        self._decided += 1
+        self._decided[partition] += 1
 
     def passed(self, point: str) -> None:
-        """Follow the transaction of the shard whose task runs."""
-        if point == "decided":
-            self._open[asyncio.current_task()] = self._decided
-            self._decided = 0
-        elif point == "after commit":
-            count = self._open.pop(asyncio.current_task(), 0)
+        """Follow the transaction of the shard whose task, `<step>-<partition>`, runs."""
+        if point == "after commit":
+            task = asyncio.current_task()
+            assert task is not None
+            partition = int(task.get_name().rpartition("-")[2])
+            count, self._decided[partition] = self._decided[partition], 0
             self._committed += count
             if self._slice_events and self._committed >= self._slice_events * (len(self._slices) + 1):
                 wall_seconds, cpu_seconds = self._meter.spent()
@@ -149,7 +151,7 @@ def make() -> Worker:
         return record.value() or b""
 
     def decide(raw: bytes, source: Source, state: State) -> Effects:
-        progress.decided()
+        progress.decided(source.partition)
         key, value = handle(raw, Rows(state[PREFERENCES]))
         count = int(state[COUNTS].get(key, b"0")) + 1
         rows = [Row(COUNTS, key, b"%d" % count)]

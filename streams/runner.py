@@ -9,6 +9,7 @@ dead letter among the outputs and its neighbours go on. What the infrastructure 
 from __future__ import annotations
 
 import asyncio
+import gc
 import heapq
 import itertools
 import logging
@@ -39,7 +40,8 @@ from streams.transport.writer import RECORD_OVERHEAD_BYTES, AbortedError, Fenced
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-TURN_SECONDS = 0.010  # the longest stretch of work on the event loop, and so of one transaction
+TURN_SECONDS = 0.010  # the longest stretch of work on the event loop
+FILL_SECONDS = 0.050  # the longest that a transaction of an input that is not the most urgent is filled
 _LOOK_AT_CLOCK_EVERY = 16
 DRAIN_SECONDS = 20.0  # longer than any call to a provider
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
@@ -421,14 +423,17 @@ class DecidingShard(Shard):
     async def _fill(self, lane: Lane, queue: deque[Record]) -> tuple[int, bool]:
         """Decide into the open transaction; return how many records, and whether the next one has to wait.
 
-        One turn, where something more urgent may come: it waits for no more than a turn and its commit. The most urgent
-        input fills its transaction turn by turn, since a commit takes as long for one turn as for four.
+        A commit takes as long for one turn as for four, so turns follow each other until the transaction is full, the
+        queue is empty or something more urgent came, which then waits for no more than a turn and the commit.
         """
+        more_urgent = [each for each in self.lanes.values() if each.urgency < lane.urgency]
+        until = time.monotonic() + FILL_SECONDS
         count = 0
         while True:
             decided, is_waiting = self._decide(lane, islice(queue, count, lane.most))
             count += decided
-            if lane.urgency or is_waiting or count >= min(lane.most, len(queue)):
+            is_outrun = any(each.queue for each in more_urgent) or (more_urgent and time.monotonic() > until)
+            if is_outrun or is_waiting or count >= min(lane.most, len(queue)):
                 return count, is_waiting
             await self.tools.turns.take(lane.urgency)
             if lane.queue is not queue:
@@ -648,6 +653,9 @@ class Runner:
             shard.start()
         for topic, by_partition in positions.items():
             self._readers[topic].start(by_partition, epoch=self._epoch)
+        # recovered rows are no garbage: full collections need not look at them again
+        gc.collect()
+        gc.freeze()
         self.is_recovered = True
 
     async def drain(self) -> None:

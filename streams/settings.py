@@ -195,7 +195,10 @@ def _token_key(text: str) -> bytes:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("names a home folder that cannot be found") from None
 
 
 def _between(low: int, high: int) -> Callable[[str], int]:

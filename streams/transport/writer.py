@@ -44,7 +44,7 @@ class Writer:
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
             delivery_timeout_ms=TRANSACTION_TIMEOUT_MS,
             partitioner="murmur2_random",
-            linger_ms=20,  # a commit flushes at once; until then records gather
+            linger_ms=5,  # a commit flushes at once; until then records gather
             message_max_bytes=max_message_bytes + 65_536,
             queue_buffering_max_messages=500_000,
             delivery_report_only_error=True,

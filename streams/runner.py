@@ -13,6 +13,7 @@ import gc
 import heapq
 import itertools
 import logging
+import math
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TURN_SECONDS = 0.010  # the longest stretch of work on the event loop
-FILL_SECONDS = 0.050  # the longest that a transaction of an input that is not the most urgent is filled
+URGENT_SECONDS = 1.0  # for so long after an urgent record the less urgent inputs make room
 _LOOK_AT_CLOCK_EVERY = 16
 DRAIN_SECONDS = 20.0  # longer than any call to a provider
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
@@ -202,6 +203,7 @@ class Lane:
     handles: Input
     reader: Reader
     queue: deque[Record] = field(default_factory=deque)  # a new one at each drain
+    offered_at: float = -math.inf  # monotonic, of the newest record
     watermark: int | None = None  # next offset, as the last committed transaction says
     end: int | None = None  # done to here by position: control records count
     end_read: int | None = None  # read to here; it becomes `end` when everything before it is done
@@ -268,7 +270,9 @@ class Shard:
     def offer(self, batch: Batch) -> None:
         """Queue a batch."""
         lane = self.lanes[self.tools.names.logical[batch.topic]]
-        lane.queue.extend(batch.records)
+        if batch.records:
+            lane.queue.extend(batch.records)
+            lane.offered_at = time.monotonic()
         lane.end_read = batch.end_offset
         self.wake.set()
 
@@ -404,6 +408,7 @@ class DecidingShard(Shard):
         await self.tools.turns.take(lane.urgency)
         if lane.queue is not queue:
             return  # drained meanwhile
+        began = time.monotonic()
         self.writer.begin()
         try:
             count, is_waiting = await self._fill(lane, queue)
@@ -419,25 +424,37 @@ class DecidingShard(Shard):
             await self._wait(lane)
         else:
             lane.tries = 0
+            await self._make_room(lane, time.monotonic() - began)
 
     async def _fill(self, lane: Lane, queue: deque[Record]) -> tuple[int, bool]:
         """Decide into the open transaction; return how many records, and whether the next one has to wait.
 
-        A commit takes as long for one turn as for four, so turns follow each other until the transaction is full, the
-        queue is empty or something more urgent came, which then waits for no more than a turn and the commit.
+        One turn, where something more urgent may come: that waits for no more than a turn and its commit. The most urgent
+        input fills its transaction turn by turn, since a commit takes as long for one turn as for four.
         """
-        more_urgent = [each for each in self.lanes.values() if each.urgency < lane.urgency]
-        until = time.monotonic() + FILL_SECONDS
         count = 0
         while True:
             decided, is_waiting = self._decide(lane, islice(queue, count, lane.most))
             count += decided
-            is_outrun = any(each.queue for each in more_urgent) or (more_urgent and time.monotonic() > until)
-            if is_outrun or is_waiting or count >= min(lane.most, len(queue)):
+            if lane.urgency or is_waiting or count >= min(lane.most, len(queue)):
                 return count, is_waiting
             await self.tools.turns.take(lane.urgency)
             if lane.queue is not queue:
                 return count, False  # drained meanwhile: what was decided still counts
+
+    async def _make_room(self, lane: Lane, seconds: float) -> None:
+        """While more urgent records keep coming, rest as long as was worked: they share the cores and the broker with us."""
+        more_urgent = [each for each in self.lanes.values() if each.urgency < lane.urgency]
+        now = time.monotonic()
+        if not any(now - each.offered_at < URGENT_SECONDS for each in more_urgent):
+            return
+        until = now + seconds
+        while (left := until - time.monotonic()) > 0 and not self.is_draining and not any(each.queue for each in more_urgent):
+            self.wake.clear()
+            try:
+                await asyncio.wait_for(self.wake.wait(), left)
+            except TimeoutError:
+                return
 
     async def _try_less(self, lane: Lane, queue: deque[Record], error: AbortedError) -> None:
         """After an aborted transaction: halve until the record that is too large stands alone, else wait a little."""

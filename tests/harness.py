@@ -17,10 +17,11 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from fastavro import parse_schema
 
@@ -193,6 +194,21 @@ class System:
                     worker.exits.append(code)
                     worker.start()
             pause.wait(0.1)
+
+    def delete_groups(self, roles: Iterable[str]) -> None:
+        """Delete the consumer groups of roles that no worker runs any more, and with them what they committed."""
+        for role in roles:
+            wait_for(partial(self._delete_group, f"notify.{self.name}.{role}"), seconds=30, what=f"the group of {role} gone")
+
+    def _delete_group(self, group: str) -> bool:
+        # refused as long as a static member that was stopped has not timed out
+        try:
+            self.admin.delete_consumer_groups([group])[group].result()
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.NON_EMPTY_GROUP:
+                return False
+            raise
+        return True
 
     # ---- topics
 

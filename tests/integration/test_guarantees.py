@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import random
 import signal
@@ -372,13 +373,26 @@ def test_a_router_frozen_for_15_s_that_wakes_after_its_hand_over_regresses_nothi
     running.stop(other)
 
 
+def test_a_worker_with_another_seal_key_leaves_before_it_sends_anything(running: System) -> None:
+    other = base64.b64encode(bytes(32)).decode()
+    worker = running.start("sender-bulk", NOTIFY_SEAL_KEY=other)
+    wait_for(lambda: worker.exits, seconds=60, what="its end")
+    worker.is_wanted = False
+    assert worker.exits[0] == 75
+    assert "NOTIFY_SEAL_KEY is not the key that wrapped the users' keys" in worker.log_text()
+    assert worker.process is not None
+    worker.kill()
+    worker.process.wait(10)
+    del running.workers[worker.name]
+
+
 def test_groups_reset_to_the_beginning_repeat_nothing(running: System) -> None:
     mails = running.mails()
     counts = {topic: running.count(topic) for topic in ("decisions", "status", requests(Lane.NORMAL))}
     tables = {topic: running.rows(topic) for topic in ("views.project.inbox", "views.project.notifications", "router.decide.seen")}
     for role in ROLES:
         running.stop(running.workers[f"{role}-a"])
-    running.admin.delete_consumer_groups([f"notify.{running.name}.{role}" for role in ROLES])
+    running.delete_groups(ROLES)
     for role in ROLES:
         running.start(role)
     running.await_ready(seconds=120)

@@ -298,10 +298,6 @@ class Shard:
         """Return the inputs, as the cluster names them."""
         return [self.tools.names.physical[topic] for topic in self.lanes]
 
-    def has_work(self) -> bool:
-        """Say whether something waits or runs."""
-        return not self.idle.is_set() or any(lane.queue for lane in self.lanes.values())
-
     async def _work(self) -> None:
         try:
             await self.run()

@@ -149,10 +149,6 @@ class SendingShard(Shard):
             leave(f"a call outlived {DRAIN_SECONDS} s of {self.step.name}-{self.partition}")
         self._forget()
 
-    def has_work(self) -> bool:
-        """Say whether deliveries are unfinished."""
-        return super().has_work() or any(self._unfinished.values())
-
     def waiting(self) -> dict[str, tuple[int, bool]]:
         """Return by channel how many deliveries wait to be tried again, and whether the channel is held."""
         now = time.monotonic()

@@ -76,11 +76,6 @@ class Reader:
                 if self._outstanding[partition] < MAX_OUTSTANDING_RECORDS:
                     self._room.set()
 
-    def outstanding(self) -> int:
-        """Return how many delivered records are unfinished."""
-        with self._lock:
-            return sum(self._outstanding.values())
-
     def _run(self, positions: dict[int, int], epoch: int, stopping: threading.Event, outstanding: dict[int, int]) -> None:
         consumer = Consumer(self._config)
         try:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple, Protocol
 
+from schemas.errors import NotifyError
 from schemas.messages import Message
+
+
+class SortedRows(Protocol):
+    """What a table that is declared as sorted can do besides: find rows by the beginning of their key."""
+
+    def irange(
+        self, minimum: bytes | None = None, maximum: bytes | None = None, inclusive: tuple[bool, bool] = (True, True)
+    ) -> Iterator[bytes]:
+        """Yield the keys from `minimum` to `maximum` in their order."""
+
 
 # a shard's tables by name: encoded key -> encoded row, as the decision before this one left them
 State = Mapping[str, Mapping[bytes, bytes]]
@@ -53,8 +64,11 @@ class KnownSource:
     headers: Sequence[tuple[str, bytes]] = ()
 
 
+BY_KEY = -1
+
+
 class Output(NamedTuple):
-    """A record to publish. `partition` None: the shard's own, or by the key where records are re-keyed."""
+    """A record to publish. `partition` None: the shard's own, or BY_KEY where topics follow another count."""
 
     topic: str
     key: bytes
@@ -70,10 +84,19 @@ class Row(NamedTuple):
     value: bytes | None
 
 
+class SetAside(NamedTuple):
+    """An earlier record that nothing can come of any more: a dead letter, as it was read at `source`."""
+
+    source: Source
+    value: bytes | None
+    error: NotifyError
+
+
 @dataclass(slots=True)
 class Effects:
-    """What a decision wants: records to publish, rows to change, outcomes to count (metric label values)."""
+    """What a decision wants: records to publish, rows to change, outcomes to count (metric label values), dead letters."""
 
     outputs: list[Output] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     counts: list[str] = field(default_factory=list)
+    set_aside: list[SetAside] = field(default_factory=list)

@@ -24,7 +24,7 @@ from confluent_kafka.admin._listoffsets import OffsetSpec
 
 from streams.embedded.stack import Ports, Stack, start_stack
 from streams.provisioning import apply, plan, targets
-from streams.topics import TopicSpec, physical
+from streams.topics import Count, TopicSpec, physical
 
 ROOT = Path(__file__).parent.parent
 PARTITIONS = 4
@@ -94,6 +94,7 @@ class Laboratory:
             "NOTIFY_TOKEN_KEY": key,
             "NOTIFY_PARTITIONS": str(PARTITIONS),
             "NOTIFY_INBOUND_PARTITIONS": str(PARTITIONS),
+            "NOTIFY_INVENTORY_PARTITIONS": str(PARTITIONS),
             "NOTIFY_SESSION_TIMEOUT_SECONDS": "6",
         }
 
@@ -124,7 +125,7 @@ class Laboratory:
 
     def make(self, specs: Iterable[TopicSpec], *, env: str = ENV) -> None:
         """Create the topics that are missing."""
-        wanted = targets(specs, env=env, partitions=PARTITIONS, inbound_partitions=PARTITIONS, replication=1)
+        wanted = targets(specs, env=env, counts=dict.fromkeys(Count, PARTITIONS) | {Count.ONE: 1}, replication=1)
         apply(self.admin, plan(self.admin, wanted))
         # a client that comes before the leaders are up waits for seconds, and that is nobody's figure
         self._ends(target.name for target in wanted)

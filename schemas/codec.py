@@ -62,8 +62,9 @@ class _Shape:
         self.kind = kind
         self.names = tuple(avro_names)
         self.attributes = tuple(attributes)
-        self.values_of = attrgetter(*attributes)
-        self.items_of = itemgetter(*avro_names)
+        # of a single name the getters would return the value itself, and not a tuple of one
+        self.values_of = attrgetter(*attributes, *attributes[:1])
+        self.items_of = itemgetter(*avro_names, *avro_names[:1])
         self.nested: dict[str, tuple[str, _Shape, bool]] = {}
         hints = get_type_hints(kind)
         for name, attribute in zip(avro_names, attributes, strict=True):

@@ -34,11 +34,147 @@ class NotificationRequested:
     occurred_at: datetime
     accepted_at: datetime | None = None
     origin: Origin | None = None
+    sealed: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestData:
+    """A request's data where it may hold personal data. Only ever sealed; goes before the request's plain `data`."""
+
+    data: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserAction:
+    """Something a user did that he may have to hear of."""
+
+    action_id: str
+    user_id: str
+    action: str
+    data: Mapping[str, str] = field(default_factory=dict)
+    occurred_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StockLevel:
+    """An adjustment of a product's stock in one warehouse. `quantity` None: only the signed `adjustment` is known."""
+
+    event_id: str
+    product_id: str | None = None
+    sku: str | None = None
+    product_name: str | None = None
+    warehouse_id: str
+    quantity: int | None = None
+    previous_quantity: int | None = None
+    adjustment: int | None = None
+    reason: str | None = None
+    order_id: str | None = None
+    correlation_id: str | None = None
+    occurred_at: datetime
+    accepted_at: datetime
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """What is to be known of a product. `low_stock_threshold` None: the default applies."""
+
+    product_id: str
+    name: str | None = None
+    low_stock_threshold: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutOfStock:
+    """A product ran out in a warehouse: an event for other services. `timestamp` is RFC 3339 text, as they expect it."""
+
+    event_id: str
+    event_type: str = "OutOfStock"
+    timestamp: str
+    product_id: str
+    product_name: str | None = None
+    sku: str | None = None
+    warehouse_id: str | None = None
+    previous_quantity: int | None = None
+    current_quantity: int
+    last_sold_order_id: str | None = None
+    restock_estimate: str | None = None
+    affected_pending_orders: int | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broadcast:
+    """Tell everyone in an audience. `cursor`: the user id up to which it was told; `expanded`: how many those were."""
+
+    broadcast_id: str
+    audience: str
+    rule: str
+    producer: str
+    event_id: str
+    data: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    subject_key: str | None = None
+    cursor: str | None = None
+    expanded: int = 0
+    occurred_at: datetime
+    accepted_at: datetime
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Somebody wants to hear of something: a user in an audience, such as product:prod_1129."""
+
+    user_id: str
+    audience: str
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlEntry:
+    """A standing order to every router and sender: a recall or a suppression. `agents.control` knows the scopes."""
+
+    scope: str
+    reason: str
+    before: datetime | None = None
+    issued_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderReference:
+    """Whom a provider's report belongs to: the delivery and the attempt that the provider knows by `reference`."""
+
+    provider: str
+    reference: str
+    notification_id: str
+    delivery_id: str
+    user_id: str
+    channel: str
+    lane: str
+    generation: int
+    attempt: int
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryReport:
+    """A provider's later word on a delivery. `status`: delivered, bounced, failed or expired."""
+
+    report_id: str
+    provider: str
+    reference: str
+    status: str
+    code: str | None = None
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A change that a user, or somebody for him, asks for. `kind`: ensure_key or set_preferences."""
+    """A change that a user, or somebody for him, asks for.
+
+    `kind`: ensure_key, set_preferences, watch or unwatch an `audience`, or forget: destroy his key and all his rows.
+    """
 
     command_id: str
     user_id: str
@@ -49,6 +185,7 @@ class Command:
     categories: Mapping[str, Mapping[str, bool]] | None = None
     expected_version: int | None = None
     issued_at: datetime
+    audience: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +284,9 @@ class Delivery:
     accepted_at: datetime
     created_at: datetime
     expires_at: datetime | None = None
+    producer: str | None = None
+    event_id: str | None = None
+    not_before: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +334,16 @@ class EngagementSignal:
 
 Message = (
     NotificationRequested
+    | RequestData
+    | UserAction
+    | StockLevel
+    | Product
+    | OutOfStock
+    | Broadcast
+    | Watch
+    | ControlEntry
+    | ProviderReference
+    | DeliveryReport
     | Command
     | UserPreferences
     | Contact

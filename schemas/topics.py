@@ -20,11 +20,30 @@ class Channel(StrEnum):
     IN_APP = "in_app"
 
 
+class Tier(StrEnum):
+    """How long a retry waits at least; how long that is, the settings say by lane. Shortest first."""
+
+    SHORT = "short"
+    MIDDLE = "middle"
+    LONG = "long"
+
+
 PAYMENTS = "payments"
+INVENTORY = "inventory"
+USER_ACTIONS = "user-actions"
 PARKED = "parked"
+STOCK = "stock"
+PRODUCTS = "products"
+OUT_OF_STOCK = "out-of-stock"
+BROADCAST = "broadcast"
+WATCHES = "watches"
 COMMANDS = "commands"
 PREFERENCES = "preferences"
+CONTROL = "control"
 KEYS = "keys"
+PROVIDER_REFS = "provider-refs"
+RECEIPTS = "receipts"
+REDRIVEN = "redriven"
 DECISIONS = "decisions"
 STATUS = "status"
 SIGNALS = "signals"
@@ -39,3 +58,8 @@ def requests(lane: Lane | str) -> str:
 def deliver(channel: Channel | str, lane: Lane | str) -> str:
     """Topic of the deliveries of `channel` in `lane`."""
     return f"deliver.{channel}.{lane}"
+
+
+def retry(lane: Lane | str, tier: Tier | str) -> str:
+    """Topic of the deliveries of `lane` that wait at least as long as `tier` says."""
+    return f"retry.{lane}.{tier}"

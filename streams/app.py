@@ -214,7 +214,7 @@ class Worker(NotifyApp):
         return partial(SendingShard, providers=providers)
 
     def _count(self, count: Count) -> int:
-        return self.settings.inbound_partitions if count is Count.INBOUND else self.settings.partitions
+        return self.settings.counts[count]
 
     async def _committed(self, tps: set[TP]) -> Mapping[TP, int | None]:
         places = [(tp.topic, tp.partition) for tp in tps]
@@ -470,7 +470,7 @@ def _web_url(settings: Settings) -> str:
 
 
 def _bind(app: Worker, step: Step) -> None:
-    partitions = app.settings.inbound_partitions if step.count is Count.INBOUND else app.settings.partitions
+    partitions = app.settings.counts[step.count]
     for table, changelog in step.changelogs().items():
         name = f"{step.name}-{table}"
         shown = PartitionedTable(app, name=name, changelog=physical(app.settings.env, changelog), partitions=partitions)

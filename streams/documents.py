@@ -132,7 +132,7 @@ def topics_page() -> str:
             f"`{physical('{env}', spec.name)}`",
             _key(spec),
             "compacted" if spec.retention_seconds is None else f"{spec.retention_seconds // DAY_SECONDS} d",
-            "NOTIFY_INBOUND_PARTITIONS" if spec.count is Count.INBOUND else "NOTIFY_PARTITIONS",
+            spec.count.variable,
             spec.schema or "",
             ", ".join(_writers(spec.name)),
             ", ".join(_readers(spec.name)),

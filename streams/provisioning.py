@@ -99,13 +99,13 @@ class Change:
     advice: str | None = None
 
 
-def targets(specs: Iterable[TopicSpec], *, env: str, partitions: int, inbound_partitions: int, replication: int) -> list[Target]:
+def targets(specs: Iterable[TopicSpec], *, env: str, counts: Mapping[Count, int], replication: int) -> list[Target]:
     """Return the topics that `specs` become in a cluster."""
     return [
         Target(
             name=physical(env, spec.name),
             count=spec.count,
-            partitions=inbound_partitions if spec.count is Count.INBOUND else partitions,
+            partitions=counts[spec.count],
             replication=replication,
             config=_config(spec, replication),
         )
@@ -222,8 +222,10 @@ def describe(admin: AdminClient, names: Sequence[str]) -> dict[str, dict[str, Co
 def _config(spec: TopicSpec, replication: int) -> dict[str, str]:
     kept = (
         dict(COMPACTION)
-        if spec.retention_seconds is None
-        else {"cleanup.policy": "delete", "retention.ms": str(spec.retention_seconds * 1000)}
+        if spec.retention_seconds is None and spec.forgets_seconds is None
+        else {**COMPACTION, "cleanup.policy": "compact,delete", "retention.ms": str(spec.forgets_seconds * 1000)}
+        if spec.forgets_seconds is not None
+        else {"cleanup.policy": "delete", "retention.ms": str((spec.retention_seconds or 0) * 1000)}
     )
     return {
         **kept,
@@ -288,7 +290,7 @@ def _count_problems(wrong: Iterable[tuple[Target, int]]) -> list[str]:
         alike.setdefault((target.count, target.partitions, found), []).append(target.name)
     problems: list[str] = []
     for (count, wanted, found), names in alike.items():
-        variable = "NOTIFY_INBOUND_PARTITIONS" if count is Count.INBOUND else "NOTIFY_PARTITIONS"
+        variable = count.variable
         have = f"the topic {names[0]} has" if len(names) == 1 else f"{len(names)} topics, such as {names[0]}, have"
         problems.append(
             f"{have} {found} partition{'' if found == 1 else 's'}, not {wanted} as {variable} says: "

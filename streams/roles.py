@@ -13,12 +13,15 @@ class Role(StrEnum):
     """What a worker does. The app id is `notify.{env}.{role}`: a stored contract, never renamed without a migration."""
 
     INGEST = "ingest"
+    STOCK = "stock"
     ROUTER = "router"
     SENDER_CRITICAL = "sender-critical"
     SENDER_NORMAL = "sender-normal"
     SENDER_BULK = "sender-bulk"
+    DELAY = "delay"
     SIGNALS = "signals"
     VIEWS = "views"
+    STORE = "store"
 
     @property
     def lane(self) -> Lane | None:
@@ -28,7 +31,7 @@ class Role(StrEnum):
     @property
     def niceness(self) -> int:
         """How far the role steps back for the others where cores are short: bulk for normal, both for what is urgent."""
-        return {Role.SENDER_BULK: 10, Role.VIEWS: 5, Role.SENDER_NORMAL: 5}.get(self, 0)
+        return {Role.SENDER_BULK: 10, Role.STORE: 10, Role.VIEWS: 5, Role.SENDER_NORMAL: 5}.get(self, 0)
 
 
 def step_back(roles: Iterable[Role]) -> None:

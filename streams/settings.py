@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,10 +16,13 @@ from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from schemas.errors import SettingsError
+from schemas.topics import Lane, Tier
 from streams.roles import Role
+from streams.topics import Count
 
 T = TypeVar("T")
 MINIMUM_TOKEN_KEY_BYTES = 32
+DEFAULT_TIERS_SECONDS = (5, 60, 600)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +43,27 @@ class Settings:
     web_url: str
     partitions: int
     inbound_partitions: int
+    inventory_partitions: int
     replication: int
     worker_name: str | None
     dedupe_seconds: int
     session_timeout_seconds: float
     max_open_attempts: int
+    low_stock_threshold: int
+    retry_tiers_seconds: Mapping[Lane, tuple[int, ...]]
+    dead_run_limit: int
+    postgres_url: str = field(repr=False)  # may carry a password
+    posts_per_second: int
+
+    @property
+    def counts(self) -> Mapping[Count, int]:
+        """How many partitions a topic has, by whose count it follows."""
+        return {
+            Count.USER: self.partitions,
+            Count.INBOUND: self.inbound_partitions,
+            Count.INVENTORY: self.inventory_partitions,
+            Count.ONE: 1,
+        }
 
     @classmethod
     def from_env(cls, env: Mapping[str, str], *, needs: frozenset[str] = frozenset()) -> Settings:
@@ -69,6 +89,8 @@ class Settings:
         role = read("NOTIFY_ROLE", _role, None)
         if role is not None and role.lane is not None:
             needs = needs | {"NOTIFY_SMTP_URL"}
+        if role is Role.STORE:
+            needs = needs | {"NOTIFY_POSTGRES_URL"}
         settings = cls(
             env=read("NOTIFY_ENV", _word, "dev"),
             role=role,
@@ -84,11 +106,17 @@ class Settings:
             web_url=read("NOTIFY_WEB_URL", _http_url, ""),
             partitions=read("NOTIFY_PARTITIONS", _between(1, 10_000), 4),
             inbound_partitions=read("NOTIFY_INBOUND_PARTITIONS", _between(1, 10_000), 4),
+            inventory_partitions=read("NOTIFY_INVENTORY_PARTITIONS", _between(1, 10_000), 4),
             replication=read("NOTIFY_REPLICATION", _between(1, 9), 1),
             worker_name=read("NOTIFY_WORKER_NAME", _word, None),
             dedupe_seconds=86_400 * read("NOTIFY_DEDUPE_DAYS", _between(1, 365), 7),
             session_timeout_seconds=read("NOTIFY_SESSION_TIMEOUT_SECONDS", _between(6, 300), 10),
             max_open_attempts=read("NOTIFY_MAX_OPEN_ATTEMPTS", _between(1, 1_000), 32),
+            low_stock_threshold=read("NOTIFY_LOW_STOCK_THRESHOLD", _between(0, 1_000_000), 10),
+            retry_tiers_seconds=read("NOTIFY_RETRY_TIERS", _tiers, dict.fromkeys(Lane, DEFAULT_TIERS_SECONDS)),
+            dead_run_limit=read("NOTIFY_DEAD_RUN_LIMIT", _between(0, 1_000_000), 200),
+            postgres_url=read("NOTIFY_POSTGRES_URL", _postgres_url, ""),
+            posts_per_second=read("NOTIFY_POSTS_PER_SECOND", _between(1, 1_000_000), 50),
         )
         unknown = sorted(name for name in env if name.startswith("NOTIFY_") and name not in VARIABLES)
         problems += [f"{name} is not a setting; the settings are in docs/settings.md" for name in unknown]
@@ -112,14 +140,20 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_WEB_URL": "where other workers reach this one's web; default http://{NOTIFY_WEB_HOST}:{NOTIFY_WEB_PORT}",
     "NOTIFY_PARTITIONS": "partitions of every topic keyed by user; default 4, in production 24",
     "NOTIFY_INBOUND_PARTITIONS": "partitions of the payments topic; default 4",
+    "NOTIFY_INVENTORY_PARTITIONS": "partitions of the inventory topic, and of what is keyed by product; default 4",
     "NOTIFY_REPLICATION": "replicas of the topics that `notify topics ensure` makes; default 1, in production 3",
     "NOTIFY_WORKER_NAME": "a stable, unique name of this worker (static group membership); default: none",
     "NOTIFY_DEDUPE_DAYS": "how long an event sent again is known, in days; default 7",
     "NOTIFY_SESSION_TIMEOUT_SECONDS": "silence after which a worker's partitions go to others; default 10, at least 6",
     "NOTIFY_MAX_OPEN_ATTEMPTS": "calls to one provider that a worker has open at once: the bound on duplicates of a crash; default 32",
+    "NOTIFY_LOW_STOCK_THRESHOLD": "at or below how many a product's stock is low, where `products` does not say; default 10",
+    "NOTIFY_RETRY_TIERS": "seconds of the three retry tiers, for all lanes or by lane: 5,60,600 or critical=1,10,60;bulk=30,300,3600; default 5,60,600",
+    "NOTIFY_DEAD_RUN_LIMIT": "so many dead letters in a row, or more dead letters than not among 1000 records, stop the worker; 0: never; default 200",
+    "NOTIFY_POSTGRES_URL": "the database, postgresql://user:password@host:port/name; secret; the store needs it, views use it for older pages",
+    "NOTIFY_POSTS_PER_SECOND": "POST /notifications that a token may make in a second; default 50",
     "NOTIFY_CACHE_DIR": "where `notify up` keeps downloads; default ~/.cache/flowmart-notify",
 }
-SECRETS = frozenset({"NOTIFY_SEAL_KEY", "NOTIFY_TOKEN_KEY", "NOTIFY_SMTP_URL"})
+SECRETS = frozenset({"NOTIFY_SEAL_KEY", "NOTIFY_TOKEN_KEY", "NOTIFY_SMTP_URL", "NOTIFY_POSTGRES_URL"})
 CLIENT_NEEDS = frozenset({"NOTIFY_KAFKA_BOOTSTRAP", "NOTIFY_REGISTRY_URL", "NOTIFY_SEAL_KEY", "NOTIFY_TOKEN_KEY"})
 WORKER_NEEDS = CLIENT_NEEDS | {"NOTIFY_ROLE"}
 
@@ -165,6 +199,27 @@ def _smtp_url(text: str) -> str:
     if parts.scheme not in {"smtp", "smtps", "smtp+starttls"} or not parts.hostname:
         raise ValueError("is not an smtp URL")
     return text
+
+
+def _postgres_url(text: str) -> str:
+    parts = _split(text)
+    if parts.scheme != "postgresql" or not parts.hostname:
+        raise ValueError("is not a postgresql:// URL")
+    return text
+
+
+def _tiers(text: str) -> dict[Lane, tuple[int, ...]]:
+    """Parse `5,60,600` for all lanes, or `critical=1,10,60;bulk=30,300,3600` for some."""
+    found = dict.fromkeys(Lane, DEFAULT_TIERS_SECONDS)
+    for part in text.split(";"):
+        lane, equals, numbers = part.rpartition("=")
+        seconds = tuple(int(number) if number.strip().isdigit() else 0 for number in numbers.split(","))
+        if len(seconds) != len(Tier) or any(a >= b for a, b in itertools.pairwise((0, *seconds))):
+            raise ValueError(f"has {numbers.strip()!r}, which is not {len(Tier)} rising numbers of seconds")
+        if equals and lane.strip() not in set(Lane):
+            raise ValueError(f"has {lane.strip()!r}, which is not a lane")
+        found |= {Lane(lane.strip()): seconds} if equals else dict.fromkeys(Lane, seconds)
+    return found
 
 
 def _mailbox(text: str) -> str:

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from schemas import topics
-from schemas.topics import Channel, Lane
+from schemas.topics import Channel, Lane, Tier
 from streams.roles import Role, sender_of
 from streams.topics import Count, TopicSpec, specs
 
 REQUESTS = tuple(topics.requests(lane) for lane in Lane)
+# a broadcast to the staff of a warehouse does not wait behind a backlog of requests; its chunks are small
+ROUTED = (topics.COMMANDS, topics.requests(Lane.CRITICAL), topics.BROADCAST, topics.requests(Lane.NORMAL), topics.requests(Lane.BULK))
+RETRY = tuple(topics.retry(lane, tier) for lane in Lane for tier in Tier)
 DELIVER = tuple(topics.deliver(channel, lane) for lane in Lane for channel in Channel)
 
 
@@ -32,6 +35,7 @@ class Step:
     tables: tuple[tuple[str, str | None], ...] = ()
     count: Count = Count.USER
     aged: tuple[str, ...] = ()  # tables that forget their oldest rows
+    sorted: tuple[str, ...] = ()  # tables whose rows are found by the beginning of their key
     calls_providers: bool = False
 
     def changelogs(self) -> dict[str, str]:
@@ -47,26 +51,65 @@ def _sender(lane: Lane) -> Step:
         reads=tuple(topics.deliver(channel, lane) for channel in Channel),
         tables=(("attempts", None),),
         aged=("attempts",),
-        writes=(topics.STATUS,),
+        writes=(topics.STATUS, topics.PROVIDER_REFS, *(topics.retry(lane, tier) for tier in Tier)),
         calls_providers=True,
     )
 
 
 TOPOLOGY: tuple[Step, ...] = (
     Step(name="payments", role=Role.INGEST, reads=(topics.PAYMENTS,), writes=(*REQUESTS, topics.PARKED), count=Count.INBOUND),
-    Step(name="parked", role=Role.INGEST, reads=(topics.PARKED,), writes=REQUESTS, count=Count.INBOUND),
+    Step(
+        name="inventory",
+        role=Role.INGEST,
+        reads=(topics.INVENTORY,),
+        writes=(topics.STOCK, topics.DECISIONS, topics.PARKED),
+        count=Count.INVENTORY,
+    ),
+    Step(name="actions", role=Role.INGEST, reads=(topics.USER_ACTIONS,), writes=REQUESTS),
+    Step(
+        name="parked",
+        role=Role.INGEST,
+        reads=(topics.PARKED,),
+        writes=(*REQUESTS, topics.STOCK, topics.DECISIONS),
+        count=Count.INBOUND,
+    ),
+    Step(
+        name="level",
+        role=Role.STOCK,
+        reads=(topics.PRODUCTS, topics.STOCK),
+        tables=(("products", None), ("levels", None)),
+        writes=(topics.OUT_OF_STOCK, topics.BROADCAST, topics.DECISIONS),
+        count=Count.INVENTORY,
+    ),
     Step(
         name="decide",
         role=Role.ROUTER,
-        reads=(topics.COMMANDS, *REQUESTS),
-        tables=(("preferences", topics.PREFERENCES), ("keys", topics.KEYS), ("seen", None), ("subjects", None)),
+        reads=ROUTED,
+        tables=(
+            ("preferences", topics.PREFERENCES),
+            ("keys", topics.KEYS),
+            ("watches", topics.WATCHES),
+            ("watching", None),
+            ("seen", None),
+            ("subjects", None),
+        ),
         aged=("seen", "subjects"),
-        writes=(*DELIVER, topics.DECISIONS, topics.STATUS, topics.COMMANDS, *REQUESTS),
+        sorted=("watches",),
+        writes=(*DELIVER, topics.DECISIONS, topics.STATUS, topics.COMMANDS, topics.BROADCAST, *REQUESTS),
     ),
     _sender(Lane.CRITICAL),
     _sender(Lane.NORMAL),
     _sender(Lane.BULK),
+    Step(name="hold", role=Role.DELAY, reads=RETRY, writes=(*DELIVER, *RETRY)),
     Step(name="engage", role=Role.SIGNALS, reads=(topics.SIGNALS,), writes=(topics.STATUS,)),
+    Step(
+        name="match",
+        role=Role.SIGNALS,
+        reads=(topics.PROVIDER_REFS, topics.RECEIPTS),
+        tables=(("references", None), ("waiting", None)),
+        aged=("references", "waiting"),
+        writes=(topics.STATUS,),
+    ),
     Step(
         name="project",
         role=Role.VIEWS,
@@ -74,6 +117,7 @@ TOPOLOGY: tuple[Step, ...] = (
         tables=(("notifications", None), ("inbox", None)),
         writes=(),
     ),
+    Step(name="keep", role=Role.STORE, reads=(topics.DECISIONS, topics.STATUS), writes=()),
 )
 
 

@@ -128,11 +128,12 @@ class System:
             "NOTIFY_SMTP_URL": stack.mail_smtp,
             "NOTIFY_PARTITIONS": str(partitions),
             "NOTIFY_INBOUND_PARTITIONS": str(partitions),
+            "NOTIFY_INVENTORY_PARTITIONS": str(partitions),
             "NOTIFY_SESSION_TIMEOUT_SECONDS": "6",
             "NOTIFY_DATA_DIR": str(folder / "client"),
         }
         self.settings = Settings.from_env(self.variables, needs=CLIENT_NEEDS)
-        wanted = targets(self.specs, env=self.name, partitions=partitions, inbound_partitions=partitions, replication=1)
+        wanted = targets(self.specs, env=self.name, counts=self.settings.counts, replication=1)
         apply(self.admin, plan(self.admin, wanted))
         threading.Thread(target=self._supervise, daemon=True).start()
 

@@ -80,13 +80,7 @@ def ensure(
 
 def wanted(settings: Settings) -> list[Target]:
     """Return every topic of the system as it should be."""
-    return provisioning.targets(
-        all_topics(),
-        env=settings.env,
-        partitions=settings.partitions,
-        inbound_partitions=settings.inbound_partitions,
-        replication=settings.replication,
-    )
+    return provisioning.targets(all_topics(), env=settings.env, counts=settings.counts, replication=settings.replication)
 
 
 def ingest_group(env: str) -> str:

@@ -157,8 +157,7 @@ def test_a_worker_is_told_which_topics_are_missing_or_of_another_count(bare: dic
     wanted = provisioning.targets(
         [TopicSpec(name="status"), TopicSpec(name="dead", count=Count.USER)],
         env=bare["NOTIFY_ENV"],
-        partitions=2,
-        inbound_partitions=3,
+        counts={Count.USER: 2},
         replication=1,
     )
     with pytest.raises(SettingsError) as caught:

@@ -38,6 +38,7 @@ from streams.cli.send import build_request
 from streams.cli.trail import render_trail
 from streams.settings import CLIENT_NEEDS
 from streams.tokens import verify
+from streams.topics import Count
 from streams.topology import all_topics
 
 KEY = base64.b64encode(b"k" * 32).decode()
@@ -546,18 +547,17 @@ def test_json_of_a_message_has_camel_case_times_and_base64() -> None:
 
 # ---- topics as they should be
 
+COUNTS = {Count.USER: 24, Count.INBOUND: 12, Count.INVENTORY: 6, Count.ONE: 1}
+
 
 def test_three_replicas_ask_for_two_in_sync_and_one_asks_for_itself() -> None:
     for replication, in_sync in ((1, "1"), (3, "2")):
-        for target in provisioning.targets(all_topics(), env="prod", partitions=24, inbound_partitions=12, replication=replication):
+        for target in provisioning.targets(all_topics(), env="prod", counts=COUNTS, replication=replication):
             assert target.config["min.insync.replicas"] == in_sync
             assert target.config["unclean.leader.election.enable"] == "false"
             assert target.replication == replication
 
 
 def test_the_partitions_of_inbound_topics_are_counted_by_themselves() -> None:
-    counts = {
-        target.name: target.partitions
-        for target in provisioning.targets(all_topics(), env="prod", partitions=24, inbound_partitions=12, replication=3)
-    }
+    counts = {target.name: target.partitions for target in provisioning.targets(all_topics(), env="prod", counts=COUNTS, replication=3)}
     assert (counts["payments.prod.events"], counts["notify.prod.parked"], counts["notify.prod.keys"]) == (12, 12, 24)

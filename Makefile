@@ -74,7 +74,7 @@ docs: setup ## write the picture and the tables that follow from the code
 lock: setup ## write requirements.txt anew from pyproject.toml (ARGS=--upgrade: the newest versions)
 	@test -x .cache/uv/bin/uv || { "$(PYTHON)" -m venv .cache/uv && .cache/uv/bin/python -m pip install --quiet uv; }
 	@.cache/uv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-	  --extra embedded --group dev --exclude-newer "$$("$(PYTHON)" -c 'import datetime as d; print(d.date.today() - d.timedelta(weeks=3))')" \
+	  --extra embedded --extra msk --group dev --exclude-newer "$$("$(PYTHON)" -c 'import datetime as d; print(d.date.today() - d.timedelta(weeks=3))')" \
 	  $(ARGS) pyproject.toml --output-file requirements.txt --quiet
 	@! grep -n '://' requirements.txt || { echo "requirements.txt names hosts"; exit 1; }
 

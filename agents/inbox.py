@@ -194,12 +194,12 @@ class Notification:
 
     @property
     def place(self) -> tuple[Shelf, int]:
-        """The shelf on which the row stands, and its moment there in milliseconds."""
+        """The shelf on which the row stands, and its moment there in milliseconds; what is before 1970 counts as 1970."""
         if self.decision is None:
             moments = (*(change.at for change in self.changes), *self.engaged, *(repeat.at for repeat in self.repeats))
-            return Shelf.PENDING, max(moments)
+            return Shelf.PENDING, max(0, *moments)
         is_listed = any(state.channel == Channel.IN_APP and state.delivered_at for state in self.deliveries.values())
-        return Shelf.INBOX if is_listed else Shelf.OTHERS, self.decision["decidedAt"]
+        return Shelf.INBOX if is_listed else Shelf.OTHERS, max(0, self.decision["decidedAt"])
 
     def with_decision(self, decision: Decision) -> Self:
         """Return the row after `decision`. The earliest that is no repetition counts; others are noted beside it."""
@@ -287,42 +287,33 @@ class Inbox:
         shelves = list(self.shelves)
         raw_id = bytes.fromhex(notification_id)
         if old is not None:
-            gone = _ENTRY.pack(max(0, old[1]), raw_id)
+            gone = _ENTRY.pack(old[1], raw_id)
             shelves[old[0]] = tuple(entry for entry in shelves[old[0]] if entry != gone)
         shelf, at = new
-        entries = sorted({*shelves[shelf], _ENTRY.pack(max(0, at), raw_id)}, reverse=True)
+        entries = sorted({*shelves[shelf], _ENTRY.pack(at, raw_id)}, reverse=True)
         shelves[shelf] = tuple(entries[: SHELF_SIZES[shelf]])
         return type(self)(tuple(shelves)), [entry[8:].hex() for entry in entries[SHELF_SIZES[shelf] :]]
 
 
-def decide_decision(record: DecisionRecord, source: Source, state: State) -> Effects:
-    """Decide how `record` changes the rows of its notification and its user.
+def after_decision(before: Notification | None, record: DecisionRecord) -> Notification | None:
+    """Return the row `before` (None: there is none) after `record`; None: a repetition of what is not kept any more.
 
-    Counts: `unchanged`, `stored`, `evicted`, and `repeat_of_unknown` for a repetition of what is no longer kept.
     Raises InvalidEventError when the notification id is not one of this user's.
     """
-    del source
     require_recipient(record.notification_id, record.user_id)
-    before = _load(state, record.notification_id)
     decision = _decision(record)
     if record.outcome not in REPEATS:
-        after = (before or Notification(user_id=record.user_id)).with_decision(decision)
-    elif before is not None:
-        after = before.with_repeat(decision)
-    else:
-        return Effects(counts=["repeat_of_unknown"])
-    return _effects(state, record.notification_id, before, after)
+        return (before or Notification(user_id=record.user_id)).with_decision(decision)
+    return None if before is None else before.with_repeat(decision)
 
 
-def decide_status(change: StatusChange, source: Source, state: State) -> Effects:
-    """Decide how `change` changes the rows of its notification and its user. Counts as `decide_decision`.
+def after_status(before: Notification | None, change: StatusChange) -> Notification:
+    """Return the row `before` (None: there is none) after `change`.
 
     Raises InvalidEventError when the notification id is not one of this user's, or the axis or status does not exist.
     """
-    del source
     require_recipient(change.notification_id, change.user_id)
-    before = _load(state, change.notification_id)
-    after = before or Notification(user_id=change.user_id)
+    known = before or Notification(user_id=change.user_id)
     match _axis(change.axis):
         case Axis.DELIVERY:
             channel = change.channel or (change.delivery_id or "").removeprefix(f"{change.notification_id}-")
@@ -337,10 +328,27 @@ def decide_status(change: StatusChange, source: Source, state: State) -> Effects
                 reference=change.reference or "",
                 reason=change.reason or "",
             )
-            after = after.with_change(step, channel=channel)
+            return known.with_change(step, channel=channel)
         case Axis.ENGAGEMENT:
-            after = after.with_engagement(engagement_of(change.status), millis(change.at))
-    return _effects(state, change.notification_id, before, after)
+            return known.with_engagement(engagement_of(change.status), millis(change.at))
+
+
+def decide_decision(record: DecisionRecord, source: Source, state: State) -> Effects:
+    """Decide how `record` changes the rows of its notification and its user, as `after_decision` says; raises as it does.
+
+    Counts: `unchanged`, `stored`, `evicted`, and `repeat_of_unknown` for a repetition of what is no longer kept.
+    """
+    del source
+    before = _load(state, record.notification_id)
+    after = after_decision(before, record)
+    return Effects(counts=["repeat_of_unknown"]) if after is None else _effects(state, record.notification_id, before, after)
+
+
+def decide_status(change: StatusChange, source: Source, state: State) -> Effects:
+    """Decide how `change` changes the rows of its notification and its user, as `after_status` says; raises and counts alike."""
+    del source
+    before = _load(state, change.notification_id)
+    return _effects(state, change.notification_id, before, after_status(before, change))
 
 
 def require_recipient(notification_id: str, user_id: str) -> None:

@@ -1,5 +1,7 @@
 """Foreign events as our own values: one pure function per event type, whatever the record is called, adds or lacks.
 
+An adjustment of stock arrives flat (contracts/InventoryAdjusted.example.json), in an envelope, or in the older form
+(`product_id`, `adjusted_quantity`, `new_quantity`, `adjustment_reason`, `adjusted_by`), by product or by sku alone.
 A payment arrives flat (contracts/PaymentProcessed.schema.json), in an envelope (contracts/PaymentProcessed.example.json) or
 small (`id`, `orderId`, `status`, `processedAt`), with keys in camel or snake case. What is absurd raises InvalidEventError
 with the field's path; what names nobody raises UnroutableError. Neither repeats a value, since errors are logged.
@@ -21,6 +23,7 @@ from schemas.errors import InvalidEventError, UnroutableError
 MAX_ID_CHARACTERS = 200
 MAX_TEXT_CHARACTERS = 1_000
 MAX_AMOUNT = 10**12
+MAX_QUANTITY = 10**12
 DEFAULT_CURRENCY = "USD"
 
 # currencies whose minor unit is not a hundredth. Source: ISO 4217 list one
@@ -127,6 +130,97 @@ def payment(record: Mapping[str, object], *, raw: bytes, at: datetime) -> Paymen
     )
 
 
+class _Sign(StrEnum):
+    """Which way an adjustment goes that is written without a sign."""
+
+    UP = "up"
+    DOWN = "down"
+    ABSOLUTE = "absolute"  # the quantity itself
+
+
+_SIGNS = {
+    **dict.fromkeys(("increase", "add", "addition", "in", "inbound", "receipt", "restock", "return", "positive"), _Sign.UP),
+    **dict.fromkeys(("decrease", "remove", "removal", "subtract", "out", "outbound", "sale", "damage", "loss", "negative"), _Sign.DOWN),
+    **dict.fromkeys(("set", "absolute", "count", "stocktake"), _Sign.ABSOLUTE),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InventoryEvent:
+    """An adjustment of a product's stock in one warehouse. Either `quantity` or `adjustment` is known, or both."""
+
+    event_id: str
+    product_id: str | None
+    sku: str | None
+    product_name: str | None
+    warehouse_id: str  # empty where the event names none
+    quantity: int | None  # how many there are now
+    previous_quantity: int | None
+    adjustment: int | None  # signed
+    reason: str | None
+    order_id: str | None
+    correlation_id: str | None
+    occurred_at: datetime  # aware, UTC
+
+    @property
+    def key(self) -> str:
+        """What the stock is kept by: the product, else the sku."""
+        return self.product_id or self.sku or ""
+
+
+def inventory(record: Mapping[str, object], *, raw: bytes, at: datetime) -> InventoryEvent:
+    """Return the adjustment of stock in `record`, whose bytes were `raw` and whose Kafka timestamp is `at` (aware).
+
+    The identity of the event is its eventId; else its adjustmentId; else a hash of `raw`; never the offset.
+    Raises InvalidEventError when a field is absurd, or neither product nor sku, or no quantity is named.
+    """
+    fields = _fields_of_event(record)
+    product_id, sku = fields.id("productId"), fields.id("sku")
+    if product_id is None and sku is None:
+        raise InvalidEventError("productId", "is missing, and so is sku")
+    event_id, adjustment_id = fields.id("eventId"), fields.id("adjustmentId")
+    if event_id is None:
+        event_id = f"adjustment:{adjustment_id}" if adjustment_id else blake2b(raw, digest_size=16).hexdigest()
+    quantity, previous = fields.whole("newQuantity", "currentQuantity"), fields.whole("previousQuantity")
+    adjustment = fields.whole("adjustedQuantity", "quantityChange", "adjustment")
+    sign = _SIGNS.get((fields.text("adjustmentType", "type") or "").strip().lower())
+    if quantity is None and sign is _Sign.ABSOLUTE:
+        quantity, adjustment = adjustment, None
+    if quantity is None and adjustment is None:
+        raise InvalidEventError("newQuantity", "is missing, and so is adjustedQuantity")
+    path, metadata = fields.find("metadata")
+    more = _Fields((f"{path}.", metadata)) if isinstance(metadata, Mapping) else _Fields(("", {}))
+    return InventoryEvent(
+        event_id=event_id,
+        product_id=product_id,
+        sku=sku,
+        product_name=fields.text("productName"),
+        warehouse_id=fields.id("warehouseId", "warehouse", "locationId") or "",
+        quantity=quantity,
+        previous_quantity=previous,
+        adjustment=_signed(adjustment, sign, quantity=quantity, previous=previous),
+        reason=fields.text("reason", "adjustmentReason"),
+        order_id=fields.id("orderId") or more.id("orderId"),
+        correlation_id=fields.id("correlationId") or more.id("correlationId"),
+        occurred_at=_time(fields) or at.astimezone(UTC),
+    )
+
+
+def _signed(adjustment: int | None, sign: _Sign | None, *, quantity: int | None, previous: int | None) -> int | None:
+    """Return what was added, below zero for what was taken away. Two levels say it better than any word."""
+    if quantity is not None and previous is not None:
+        return quantity - previous
+    match sign:
+        case _Sign.UP if adjustment is not None:
+            return abs(adjustment)
+        case _Sign.DOWN if adjustment is not None:
+            return -abs(adjustment)
+        case _Sign.ABSOLUTE:
+            return None
+        case _:
+            return adjustment
+
+
 class _Fields:
     """Fields by name in any case, found in one or more records. Each has the prefix of its path; earlier ones come first."""
 
@@ -145,6 +239,27 @@ class _Fields:
     def text(self, *names: str) -> str | None:
         path, value = self.find(*names)
         return None if value is None else _text(path, value)
+
+    def whole(self, *names: str) -> int | None:
+        path, value = self.find(*names)
+        match value:
+            case None:
+                return None
+            case bool():
+                raise InvalidEventError(path, "is no number but bool")
+            case int():
+                number = value
+            case float() | Decimal() if value == value // 1:
+                number = int(value)
+            case str() if re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
+                number = int(value)
+            case float() | Decimal() | str():
+                raise InvalidEventError(path, "is no whole number")
+            case _:
+                raise InvalidEventError(path, f"is no number but {type(value).__name__}")
+        if abs(number) > MAX_QUANTITY:
+            raise InvalidEventError(path, f"is beyond {MAX_QUANTITY}")
+        return number
 
     def id(self, *names: str) -> str | None:
         path, value = self.find(*names)
@@ -257,7 +372,7 @@ def _words(name: str) -> str:
 
 
 def _time(fields: _Fields) -> datetime | None:
-    path, value = fields.find("occurredAt", "completedAt", "processedAt", "timestamp")
+    path, value = fields.find("occurredAt", "completedAt", "processedAt", "adjustedAt", "timestamp")
     try:
         match value:
             case None:

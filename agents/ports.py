@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import NamedTuple, Protocol
 
 from schemas.errors import NotifyError
-from schemas.messages import Message
+from schemas.messages import Message, Origin
 
 
 class SortedRows(Protocol):
@@ -50,6 +50,11 @@ class Source(Protocol):
     @property
     def headers(self) -> Sequence[tuple[str, bytes]]:
         """The headers."""
+
+
+def origin_of(source: Source) -> Origin:
+    """Return where a record was read, as messages say it."""
+    return Origin(topic=source.topic, partition=source.partition, offset=source.offset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

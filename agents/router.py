@@ -1,49 +1,80 @@
 """Who hears what, through which channel: requests in; deliveries, statuses and the full decision record out.
 
-Everything a decision rests on is in the record, the user's rows and the request's Kafka timestamp: deciding again
-decides the same. Preferences, keys, ids seen and finished subjects are the router's tables; it is their only writer.
+Everything a decision rests on is in the record, the user's rows, the control topic and the request's Kafka timestamp:
+deciding again decides the same. Preferences, keys, watches, ids seen and finished subjects are the router's tables; it is
+their only writer.
+
+A broadcast is expanded by the owner of each partition of the users, a chunk a decision: the requests of the chunk and the
+broadcast's next record, with its cursor, are one transaction, so a crash tells nobody twice and misses nobody.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from hashlib import blake2b
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, cast
 
-from agents.ports import Effects, Output, Row, Source, State
-from agents.triggers import RULES, Rule
+import orjson
+
+from agents.ports import Effects, Output, Row, SortedRows, Source, State, origin_of
+from agents.triggers import EVENT, NO_RULE, RULES, Rule
 from schemas import topics
 from schemas.codec import Codec, pack, unpack
-from schemas.errors import InvalidEventError, UnknownRuleError, VersionConflictError
+from schemas.errors import InvalidEventError, UnknownRuleError, UnsealableError, VersionConflictError
 from schemas.ids import NotificationId, delivery_id, digest, notification_id, partition_of
 from schemas.messages import (
+    Broadcast,
     ChannelChoice,
     Command,
     Contact,
     Content,
+    ControlEntry,
     DecisionRecord,
     Delivery,
     Headline,
     NotificationRequested,
-    Origin,
+    RequestData,
     StatusChange,
     UserKey,
     UserPreferences,
+    Watch,
 )
 from schemas.sealed import seal, unseal, unwrap, wrap
 from schemas.status import Axis, SkipReason, Status
 from schemas.topics import Channel, Lane
 
 PREFERENCES, KEYS, SEEN, SUBJECTS = "preferences", "keys", "seen", "subjects"
+WATCHES, WATCHING = "watches", "watching"
+MAX_WATCHES = 500  # of one user
+# so many of an audience are told in one decision: a few milliseconds' work, after which more urgent requests have their turn
+CHUNK_USERS = 250
+_AUDIENCE = re.compile(r"(product|warehouse):[^\x00-\x1f]{1,200}")
+_NOTHING_MATCHED = Rule(
+    name=NO_RULE,
+    version="",
+    category="",
+    type="",
+    lane=Lane.BULK,
+    channels=(),
+    defaults=frozenset(),
+    template="",
+    max_age_seconds=0,
+)
 MAX_USER_ID_CHARACTERS = 200
 _SEEN = struct.Struct(">8sq")  # digest of the content, Kafka timestamp in ms
 _SUBJECT = struct.Struct(">q")  # Kafka timestamp in ms
 # so many rows past their time go with each decision: more than one comes, so that tables shrink
 _PRUNE_ROWS = 2
+
+
+def seen_row(content: bytes, at_ms: int) -> bytes:
+    """Return a row of the table of ids: 8 bytes of the content's digest and the Kafka timestamp in milliseconds."""
+    return _SEEN.pack(content, at_ms)
 
 
 class Renderer(Protocol):
@@ -56,11 +87,22 @@ class Renderer(Protocol):
         """Return the version that a decision pins."""
 
 
+class Orders(Protocol):
+    """What the router asks of the control topic."""
+
+    def recalled(self, *, notification_id: str, producer: str, event_id: str, rule: str, accepted_at: datetime) -> ControlEntry | None:
+        """Return the order that recalls a notification."""
+
+    def suppressed(self, channel: str, address: str) -> ControlEntry | None:
+        """Return the order that blocks an address."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Choice:
     channel: Channel
     reason: str
     address: str | None  # None: rejected
+    cause: str | None = None  # more about the reason, for the decision record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,19 +115,24 @@ class Router:
     new_key: Callable[[], bytes]
     partitions: int
     dedupe_seconds: int
+    control: Orders
 
     # ---- requests
 
     def decide_request(self, request: NotificationRequested, source: Source, state: State) -> Effects:
         """Decide what `request` becomes. Raises UnknownRuleError, InvalidEventError, TemplateError: a dead letter."""
         user = _user(request.user_id)
-        request = replace(request, accepted_at=request.accepted_at or source.at, origin=request.origin or _here(source))
+        request = replace(request, accepted_at=request.accepted_at or source.at, origin=request.origin or origin_of(source))
         astray = self._astray(user, source, request)
         if astray is not None:
             return astray
-        rule = RULES.get(request.rule)
+        rule = _NOTHING_MATCHED if request.rule == NO_RULE else RULES.get(request.rule)
         if rule is None:
             raise UnknownRuleError(f"there is no rule {request.rule[:100]!r}; rules: {', '.join(RULES)}")
+        is_erased = False
+        if request.sealed is not None:
+            opened = self._opened(request, state)
+            is_erased, request = opened is None, opened or request
         identity = notification_id(producer=request.producer, event_id=request.event_id, rule=rule.name, user_id=request.user_id)
         content = _content_digest(request)
         now_ms = _milliseconds(source.at)
@@ -95,17 +142,51 @@ class Router:
             outcome = "duplicate_of" if _SEEN.unpack(seen)[0] == content else "conflict"
             record = self._record(request, rule, source, identity, outcome=outcome, reason=identity)
             return Effects([Output(topics.DECISIONS, user, record)], prune, [f"decision:{outcome}"])
-        effects = self._decide_new(request, rule, source, state, identity)
-        effects.rows.append(Row(SEEN, identity.encode(), _SEEN.pack(content, now_ms)))
+        effects = self._decide_new(request, rule, source, state, identity, is_erased=is_erased)
+        effects.rows.append(Row(SEEN, identity.encode(), seen_row(content, now_ms)))
         if request.subject_key is not None and request.is_final:
             effects.rows.append(Row(SUBJECTS, request.subject_key.encode(), _SUBJECT.pack(now_ms)))
         effects.rows += prune
         return effects
 
-    def _decide_new(self, request: NotificationRequested, rule: Rule, source: Source, state: State, identity: NotificationId) -> Effects:
+    def _opened(self, request: NotificationRequested, state: State) -> NotificationRequested | None:
+        """Return the request with what was sealed in it; None when the key that sealed it was destroyed."""
+        row = state[KEYS].get(request.user_id.encode())
+        if row is None or request.sealed is None:
+            return None
+        key = unwrap(self.seal_key, self.codec.decode(row, UserKey).wrapped, user_id=request.user_id)
+        try:
+            found = unpack(unseal(key, request.sealed, user_id=request.user_id, purpose="request"), RequestData)
+        except UnsealableError:
+            return None
+        return replace(request, data={**request.data, **found.data}, sealed=None)
+
+    def _decide_new(  # noqa: PLR0913 - everything that a decision rests on
+        self,
+        request: NotificationRequested,
+        rule: Rule,
+        source: Source,
+        state: State,
+        identity: NotificationId,
+        *,
+        is_erased: bool,
+    ) -> Effects:
         user = request.user_id.encode()
+        if rule is _NOTHING_MATCHED:
+            record = self._record(request, rule, source, identity, outcome="no_rule_matched", reason=request.data.get(EVENT))
+            return Effects([Output(topics.DECISIONS, user, record)], [], ["decision:no_rule_matched"])
         preferences = self._preferences(state, user)
-        stale = self._stale(request, rule, source, state)
+        order = self.control.recalled(
+            notification_id=identity,
+            producer=request.producer,
+            event_id=request.event_id,
+            rule=rule.name,
+            accepted_at=request.accepted_at or source.at,
+        )
+        if order is not None:
+            record = self._record(request, rule, source, identity, outcome="cancelled", reason=f"{SkipReason.RECALLED}: {order.reason}")
+            return Effects([Output(topics.DECISIONS, user, record)], [], ["decision:cancelled"])
+        stale = SkipReason.ERASED if is_erased else self._stale(request, rule, source, state)
         if stale is not None:
             choices = [_Choice(channel, stale, None) for channel in rule.channels]
             return self._effects(request, rule, source, identity, preferences, choices, key=b"", rows=[])
@@ -131,6 +212,9 @@ class Router:
         address = _address(channel, contact, user_id)
         if address is None:
             return _Choice(channel, SkipReason.NO_ADDRESS, None)
+        order = self.control.suppressed(channel, address)
+        if order is not None:
+            return _Choice(channel, SkipReason.SUPPRESSED, None, cause=order.reason)
         return _Choice(channel, "on by preference" if chosen else "on by default", address)
 
     def _effects(  # noqa: PLR0913, PLR0917 - everything that a decision rests on, once
@@ -177,7 +261,7 @@ class Router:
                 ChannelChoice(
                     channel=choice.channel,
                     is_chosen=choice.address is not None,
-                    reason=str(choice.reason),
+                    reason=str(choice.reason) if choice.cause is None else f"{choice.reason}: {choice.cause}",
                     delivery_id=delivery_id(identity, choice.channel),
                 )
                 for choice in choices
@@ -213,6 +297,8 @@ class Router:
             accepted_at=request.accepted_at,
             created_at=source.at,
             expires_at=request.accepted_at + timedelta(seconds=rule.max_age_seconds),
+            producer=request.producer,
+            event_id=request.event_id,
         )
 
     def _record(  # noqa: PLR0913 - as above
@@ -229,7 +315,7 @@ class Router:
         sealed: bytes | None = None,
     ) -> DecisionRecord:
         assert request.accepted_at is not None
-        here = _here(source)
+        here = origin_of(source)
         return DecisionRecord(
             decision_id=digest(identity, here.topic, str(here.partition), str(here.offset), size=16),
             notification_id=identity,
@@ -255,23 +341,67 @@ class Router:
             sealed=sealed,
         )
 
+    # ---- broadcasts
+
+    def decide_broadcast(self, broadcast: Broadcast, source: Source, state: State) -> Effects:
+        """Ask for the next chunk of the audience in this partition, and for the chunk after it. Raises UnknownRuleError."""
+        del source
+        rule = RULES.get(broadcast.rule)
+        if rule is None:
+            raise UnknownRuleError(f"there is no rule {broadcast.rule[:100]!r}; rules: {', '.join(RULES)}")
+        order = self.control.recalled(
+            notification_id="", producer=broadcast.producer, event_id=broadcast.event_id, rule=rule.name, accepted_at=broadcast.accepted_at
+        )
+        if order is not None:
+            return Effects(counts=["broadcast:recalled"])
+        users = list(islice(_audience_after(broadcast, state), CHUNK_USERS))
+        topic = topics.requests(rule.lane)
+        outputs = [Output(topic, user, _request_of(broadcast, user.decode())) for user in users]
+        if len(users) == CHUNK_USERS:
+            rest = replace(broadcast, cursor=users[-1].decode(), expanded=broadcast.expanded + len(users))
+            outputs.append(Output(topics.BROADCAST, broadcast.broadcast_id.encode(), rest))
+        return Effects(outputs, [], ["broadcast:chunk"] * bool(users))
+
     # ---- commands
 
     def decide_command(self, command: Command, source: Source, state: State) -> Effects:
-        """Change preferences, or make a user's key. Raises VersionConflictError, InvalidEventError, UnsealableError."""
+        """Change a user's preferences, watches or key. Raises VersionConflictError, InvalidEventError, UnsealableError."""
         user = _user(command.user_id)
         astray = self._astray(user, source, command)
         if astray is not None:
             return astray
-        key, rows = self._user_key(state, command.user_id, source.at)
         match command.kind:
             case "ensure_key":
-                return Effects([], rows, ["command:ensure_key"])
+                _, rows = self._user_key(state, command.user_id, source.at)
             case "set_preferences":
+                key, rows = self._user_key(state, command.user_id, source.at)
                 rows.append(Row(PREFERENCES, user, self.codec.encode(self._merged(command, state, key, source.at))))
-                return Effects([], rows, ["command:set_preferences"])
+            case "watch":
+                rows = self._watch(command, state, source.at)
+            case "unwatch":
+                rows = self._unwatch(command, state)
+            case "forget":
+                rows = list(_forgotten(user, state))
             case _:
-                raise InvalidEventError("kind", "is not ensure_key or set_preferences")
+                raise InvalidEventError("kind", "is none of ensure_key, set_preferences, watch, unwatch, forget")
+        return Effects([], rows, [f"command:{command.kind}"])
+
+    def _watch(self, command: Command, state: State, at: datetime) -> list[Row]:
+        user, audience = command.user_id.encode(), _audience(command)
+        watched = _watched(state, user)
+        if audience in watched:
+            return []
+        if len(watched) >= MAX_WATCHES:
+            raise InvalidEventError("audience", f"is one too many: the user watches {MAX_WATCHES} already")
+        watch = Watch(user_id=command.user_id, audience=audience, since=at)
+        return [Row(WATCHES, _watch_key(audience, user), self.codec.encode(watch)), _watching(user, {*watched, audience})]
+
+    def _unwatch(self, command: Command, state: State) -> list[Row]:
+        user, audience = command.user_id.encode(), _audience(command)
+        watched = _watched(state, user)
+        if audience not in watched:
+            return []
+        return [Row(WATCHES, _watch_key(audience, user), None), _watching(user, watched - {audience})]
 
     def _merged(self, command: Command, state: State, key: bytes, at: datetime) -> UserPreferences:
         stored = self._preferences(state, command.user_id.encode())
@@ -340,14 +470,64 @@ class Router:
         return Effects([Output(source.topic, user, message, partition)], [], ["decision:rekeyed"])
 
 
+def _audience(command: Command) -> str:
+    audience = command.audience or ""
+    if not _AUDIENCE.fullmatch(audience):
+        raise InvalidEventError("audience", "is not product:<id> or warehouse:<id> with an id of at most 200 characters")
+    return audience
+
+
+def _watch_key(audience: str, user: bytes) -> bytes:
+    return audience.encode() + b"\0" + user
+
+
+def _watched(state: State, user: bytes) -> set[str]:
+    row = state[WATCHING].get(user)
+    return set() if row is None else set(orjson.loads(row))
+
+
+def _watching(user: bytes, audiences: set[str]) -> Row:
+    return Row(WATCHING, user, orjson.dumps(sorted(audiences)) if audiences else None)
+
+
+def _forgotten(user: bytes, state: State) -> Iterator[Row]:
+    """Yield the deletions of every row of a user: without his key nothing that was sealed for him can be opened again."""
+    yield Row(KEYS, user, None)
+    yield Row(PREFERENCES, user, None)
+    for audience in _watched(state, user):
+        yield Row(WATCHES, _watch_key(audience, user), None)
+    yield Row(WATCHING, user, None)
+
+
+def _audience_after(broadcast: Broadcast, state: State) -> Iterator[bytes]:
+    """Yield the users of the audience after the cursor, in the order of their ids."""
+    prefix = broadcast.audience.encode() + b"\0"
+    rows = cast("SortedRows", state[WATCHES])
+    for key in rows.irange(prefix + (broadcast.cursor or "").encode(), inclusive=(False, True)):
+        if not key.startswith(prefix):
+            return
+        yield key[len(prefix) :]
+
+
+def _request_of(broadcast: Broadcast, user_id: str) -> NotificationRequested:
+    return NotificationRequested(
+        event_id=broadcast.event_id,
+        producer=broadcast.producer,
+        rule=broadcast.rule,
+        user_id=user_id,
+        data=broadcast.data,
+        metadata=broadcast.metadata,
+        subject_key=broadcast.subject_key,
+        occurred_at=broadcast.occurred_at,
+        accepted_at=broadcast.accepted_at,
+        origin=broadcast.origin,
+    )
+
+
 def _user(user_id: str) -> bytes:
     if not user_id or len(user_id) > MAX_USER_ID_CHARACTERS:
         raise InvalidEventError("userId", f"is empty or longer than {MAX_USER_ID_CHARACTERS} characters")
     return user_id.encode()
-
-
-def _here(source: Source) -> Origin:
-    return Origin(topic=source.topic, partition=source.partition, offset=source.offset)
 
 
 def _milliseconds(at: datetime) -> int:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import growth, latency, machine, pipeline, profiling, recovery, report, throughput
+from benchmarks import growth, latency, machine, pipeline, profiling, recovery, report, state, throughput
 from benchmarks.laboratory import BenchmarkError, Laboratory, laboratory
 from benchmarks.sizes import QUICK, Sizes
 
@@ -63,6 +63,7 @@ def _measure(names: list[str], peers: list[str], sizes: Sizes, raw: Path | None)
         "3": recovery.measure,
         "4": latency.measure,
         "5": growth.measure,
+        "6": state.measure,
         "profile": profiling.measure,
     }
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])

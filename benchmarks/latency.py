@@ -19,12 +19,14 @@ from streams.roles import Role
 
 TITLE = "Critical latency"
 ROLES = (Role.INGEST, Role.ROUTER, Role.SENDER_CRITICAL, Role.SENDER_BULK)
+CONDITIONS = ("alone", "backlog", "broadcast")
 P99_TARGET_SECONDS = 0.100
 BACKLOG_TARGET = 3.0
 _WARM_UP_SECONDS = 15.0  # a broker that has just started compiles its code first
 _ARRIVE_SECONDS = 60.0
 _BACKLOG_SECONDS = 60.0
 _RULE = "payment_failed"
+_PRODUCT = "prod_1129"
 
 
 def measure(lab: Laboratory, sizes: Sizes, say: Callable[[str], None]) -> dict[str, Any]:
@@ -38,10 +40,27 @@ def measure(lab: Laboratory, sizes: Sizes, say: Callable[[str], None]) -> dict[s
             _queue(running, users, sizes.backlog)
             found["backlog"] = _sample(running, users, sizes, first=1_000_000)
             found["left"] = _left(running, sizes.backlog)
+        with system(lab) as running:
+            running.load_watchers(_PRODUCT, sizes.watchers)
+            running.start(*ROLES, Role.STOCK)
+            users = running.load_users(sizes.users)
+            running.restock(_PRODUCT)
+            wait_for(
+                lambda: lab.end(in_cluster(topics.requests(Lane.BULK), running.name)) > 0,
+                seconds=_BACKLOG_SECONDS,
+                what="the router expands the broadcast",
+            )
+            found["broadcast"] = _sample(running, users, sizes, first=2_000_000)
         runs.append(found)
-        shown = {name: figures.percentile(_worse(found[name]), 0.99) * 1000 for name in ("alone", "backlog")}
-        say(f"{repetition + 1}/{sizes.repetitions} p99 {shown['alone']:.0f} ms alone, {shown['backlog']:.0f} ms with the backlog")
-    return {"runs": runs, "samples": sizes.samples, "per_second": sizes.per_second, "backlog": sizes.backlog}
+        shown = {name: figures.percentile(_worse(found[name]), 0.99) * 1000 for name in CONDITIONS}
+        say(f"{repetition + 1}/{sizes.repetitions} p99 ms: {', '.join(f'{name} {value:.0f}' for name, value in shown.items())}")
+    return {
+        "runs": runs,
+        "samples": sizes.samples,
+        "per_second": sizes.per_second,
+        "backlog": sizes.backlog,
+        "watchers": sizes.watchers,
+    }
 
 
 def _sample(running: System, users: Sequence[str], sizes: Sizes, *, first: int) -> dict[str, Any]:
@@ -147,7 +166,12 @@ def describe(result: dict[str, Any]) -> str:
         return [figures.percentile(each, share) * 1000 for each in samples]
 
     rows = []
-    for when, label in (("alone", "alone"), ("backlog", f"with {result['backlog']:,} bulk requests queued")):
+    labels = {
+        "alone": "alone",
+        "backlog": f"with {result['backlog']:,} bulk requests queued",
+        "broadcast": f"while {result['watchers']:,} watchers of a product are told",
+    }
+    for when, label in labels.items():
         for channel, name in (("email", "e-mail"), ("in_app", "in-app"), ("both", "**both accepted**")):
             p50, p99 = (figures.figure(milliseconds(when, channel, share)) for share in (0.5, 0.99))
             rows.append([label, name, p50.show(figures.tenth), p99.show(figures.tenth)])
@@ -155,16 +179,18 @@ def describe(result: dict[str, Any]) -> str:
     worst = figures.figure(busy)
     compared = figures.ratio(busy, alone)
     left = [run["left"] for run in runs]
-    late = max(run[when]["late_seconds"] for run in runs for when in ("alone", "backlog")) * 1000
+    late = max(run[when]["late_seconds"] for run in runs for when in CONDITIONS) * 1000
     cores = {
         when: figures.figure([sum(seconds for name, seconds in run[when]["busy_cores"].items() if name != "mail sink") for run in runs])
         for when in ("alone", "backlog")
     }
     brokers = figures.figure([run["alone"]["busy_cores"]["Kafka broker"] for run in runs])
     requests_left, deliveries_left = (min(each[what] for each in left) for what in ("requests", "deliveries"))
+    told = figures.figure(milliseconds("broadcast", "both", 0.99))
+    is_told = told.median <= P99_TARGET_SECONDS * 1000
     is_within = worst.median <= P99_TARGET_SECONDS * 1000
     return f"""\
-{result["samples"]:,} failed payments a repetition (and as many again with the backlog), {result["per_second"]} a second on a schedule
+{result["samples"]:,} failed payments a repetition (and as many again in each of the other conditions), {result["per_second"]} a second on a schedule
 that waits for nothing, after {_WARM_UP_SECONDS:.0f} s that do not count. A failed payment is the critical lane's. The clock starts when the
 payment is handed to its producer (which was at most {late:.1f} ms late, p99) and stops, for e-mail, when the mail sink has the final dot
 and answers; for in-app, when the status `delivered` can be read by a consumer that sees committed records only, as the views do. All
@@ -175,6 +201,7 @@ roles, broker, sink, load and observers share this machine's cores. Milliseconds
 | | measured | target | |
 | --- | ---: | ---: | ---: |
 | p99 with the backlog | {worst.show(figures.tenth)} ms | ≤ {P99_TARGET_SECONDS * 1000:.0f} ms | {figures.verdict(is_met=is_within)} |
+| p99 during the broadcast | {told.show(figures.tenth)} ms | ≤ {P99_TARGET_SECONDS * 1000:.0f} ms | {figures.verdict(is_met=is_told)} |
 | p99 with the backlog ÷ alone | {compared.show(figures.times)} | ≤ {figures.times(BACKLOG_TARGET)} | \
 {figures.verdict(is_met=compared.median <= BACKLOG_TARGET)} |
 

@@ -24,9 +24,10 @@ from streams.transport.records import Record
 ROLE = Role.SIGNALS
 
 
-def step_of(run: str, changelog: str) -> Step:
+def step_of(run: str, changelog: str, *, is_aged: bool = False) -> Step:
     """Return a step whose one table has this changelog. It reads a topic in which there is nothing."""
-    return Step(name=run, role=ROLE, reads=(f"bench.in.{run}",), tables=((PREFERENCES, changelog),), writes=())
+    aged = (PREFERENCES,) if is_aged else ()
+    return Step(name=run, role=ROLE, reads=(f"bench.in.{run}",), tables=((PREFERENCES, changelog),), aged=aged, writes=())
 
 
 def specs_of(step: Step) -> tuple[TopicSpec, ...]:
@@ -68,7 +69,7 @@ def _sizes(runner: Runner) -> dict[str, float]:
 
 def make() -> Worker:
     """Return the app that the environment asks for."""
-    step = step_of(os.environ["BENCH_RUN"], os.environ["BENCH_SOURCE"])
+    step = step_of(os.environ["BENCH_RUN"], os.environ["BENCH_SOURCE"], is_aged=bool(os.environ.get("BENCH_AGED")))
 
     def decode(record: Record) -> Record:
         return record

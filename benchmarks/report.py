@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, growth, latency, pipeline, profiling, recovery, throughput
+from benchmarks import figures, growth, latency, pipeline, profiling, recovery, state, throughput
 from benchmarks.figures import TO
 from benchmarks.laboratory import ROOT
 
@@ -21,6 +21,7 @@ SECTIONS: dict[str, tuple[str, Describe]] = {
     "3": (recovery.TITLE, recovery.describe),
     "4": (latency.TITLE, latency.describe),
     "5": (growth.TITLE, growth.describe),
+    "6": (state.TITLE, state.describe),
     "profile": (profiling.TITLE, profiling.describe),
 }
 

@@ -21,6 +21,8 @@ class Sizes:
     backlog: int = 100_000  # 4
     few_events: int = 200_000  # 5
     many_events: int = 2_000_000  # 5
+    watchers: int = 200_000  # 4
+    state_rows: int = 10_000_000  # 6
 
 
 QUICK = Sizes(
@@ -35,4 +37,6 @@ QUICK = Sizes(
     backlog=1_000,
     few_events=4_000,
     many_events=20_000,
+    watchers=2_000,
+    state_rows=20_000,
 )

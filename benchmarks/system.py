@@ -17,10 +17,12 @@ from pathlib import Path
 import psutil
 from confluent_kafka import Producer
 
-from benchmarks.laboratory import PYTHON, ROOT, BenchmarkError, Laboratory, in_cluster, outside, tail, wait_for
+from agents import stock
+from benchmarks.laboratory import PARTITIONS, PYTHON, ROOT, BenchmarkError, Laboratory, in_cluster, outside, tail, wait_for
 from schemas import producing, topics
 from schemas.codec import Codec
-from schemas.messages import NotificationRequested
+from schemas.ids import partition_of
+from schemas.messages import NotificationRequested, Origin, StockLevel, Watch
 from streams.cli.wire import Wire
 from streams.embedded.processes import choose_port
 from streams.roles import Role
@@ -148,6 +150,46 @@ class System:
         self.lab.drop(in_cluster(spec.name, self.name) for spec in all_topics())
 
     # ---- in and out
+
+    def load_watchers(self, product: str, count: int) -> None:
+        """Write `count` watchers of a product, as the router stores them. Before it starts."""
+        audience = stock.product_audience(product)
+        topic = in_cluster(topics.WATCHES, self.name)
+        codec = self._codec(topics.WATCHES)
+        at = datetime.now(UTC)
+        producer = self.producer(**{"linger.ms": 20})
+        for number in range(count):
+            user = f"watcher-{number}"
+            row = codec.encode(Watch(user_id=user, audience=audience, since=at))
+            partition = partition_of(user.encode(), PARTITIONS)
+            while True:
+                try:
+                    producer.produce(topic, row, f"{audience}\0{user}".encode(), partition)
+                except BufferError:
+                    producer.poll(0.1)
+                else:
+                    break
+        if producer.flush(60):
+            raise BenchmarkError("Kafka did not take all watchers")
+
+    def restock(self, product: str) -> None:
+        """Publish that a product is back in stock, as ingest does."""
+        at = datetime.now(UTC)
+        level = StockLevel(
+            event_id=f"restock-{product}",
+            product_id=product,
+            warehouse_id="wh_east_01",
+            quantity=200,
+            previous_quantity=0,
+            occurred_at=at,
+            accepted_at=at,
+            origin=Origin(topic=topics.INVENTORY, partition=0, offset=0),
+        )
+        self.lab.fill(in_cluster(topics.STOCK, self.name), [(product.encode(), self._codec(topics.STOCK).encode(level))])
+
+    def _codec(self, topic: str) -> Codec:
+        with Wire(self._settings) as wire:
+            return wire.codec([spec for spec in specs() if spec.name == topic])
 
     def load_users(self, count: int) -> list[str]:
         """Give `count` users a name and an address, the way `notify prefs load` does; return their ids. The router has to run."""

@@ -5,6 +5,7 @@
     │   ├── ProviderUnavailableError    nobody answers at the provider: the partition waits, one delivery probes
     │   ├── ProviderThrottledError      the provider asked us to slow down: wait `retry_after_seconds`
     │   ├── ProviderRefusedError        this delivery was refused for now: it waits alone, others go on
+    │   ├── DatabaseUnavailableError    PostgreSQL does not answer, or not now: the projection pauses
     │   └── RegistryUnavailableError    the schema registry could not be asked: park the record
     ├── PermanentError                  will never succeed: record the reason, do not retry
     │   ├── UndecodableError            the bytes are no message of ours
@@ -13,6 +14,7 @@
     │   ├── UnroutableError             names no user, so nobody can be told
     │   ├── UnknownRuleError            asks for a rule that does not exist
     │   ├── VersionConflictError        a change based on a version that is no longer the stored one
+    │   ├── RefusedValueError           PostgreSQL will never take what the record became
     │   ├── TooLargeError               what it became is larger than Kafka accepts
     │   ├── UnsealableError             sealed bytes that the user's key does not open
     │   ├── ExpiredError                past its latest useful moment
@@ -78,6 +80,10 @@ class ProviderRejectedError(ProviderError, PermanentError):
     """The provider will never take this delivery. The status is failed, with its code."""
 
 
+class DatabaseUnavailableError(RetryableError):
+    """PostgreSQL does not answer, not in time, or refuses for now. Wait and do the same again: nothing was changed."""
+
+
 class RegistryUnavailableError(RetryableError):
     """The schema registry could not be asked. Park the record; it returns by itself."""
 
@@ -112,6 +118,10 @@ class UnknownRuleError(PermanentError):
 
 class VersionConflictError(PermanentError):
     """A change based on a version that is no longer the stored one. Read again, then change."""
+
+
+class RefusedValueError(PermanentError):
+    """PostgreSQL refuses a value of the batch. Halve the batch until the record stands alone; dead-letter it."""
 
 
 class TooLargeError(PermanentError):

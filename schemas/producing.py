@@ -1,6 +1,6 @@
-"""Payments as other services write them to Kafka, for the CLI and the demo: which Avro schema, and how JSON becomes its record.
+"""Events as other services write them to Kafka, for the CLI and the demo: which Avro schema, and how JSON becomes its record.
 
-The files in `schemas/foreign` belong to the producers of payments. Nothing here is used for reading: readers take any
+The files in `schemas/foreign` belong to the producers of payments and of inventory. Nothing here is used for reading: readers take any
 writer's schema and normalise (`agents.normalise`).
 """
 
@@ -24,10 +24,13 @@ _INTEGER_BITS = {"int": 32, "long": 64}
 
 
 class ForeignSchema(StrEnum):
-    """A schema that a producer of payments writes with. The value is the stem of its file in `schemas/foreign`."""
+    """A schema that another service writes with. The value is the stem of its file in `schemas/foreign`."""
 
     FLAT = "payments.flat"
     ENVELOPED = "payments.enveloped"
+    INVENTORY_FLAT = "inventory.flat"
+    INVENTORY_ENVELOPED = "inventory.enveloped"
+    INVENTORY_SNAKE = "inventory.snake"
 
     @property
     def text(self) -> str:
@@ -53,13 +56,20 @@ def choose(payment: Mapping[str, object]) -> ForeignSchema:
     return ForeignSchema.ENVELOPED if isinstance(payment.get("data"), Mapping) else ForeignSchema.FLAT
 
 
-def to_record(stem: str, payment: Mapping[str, object]) -> dict[str, object]:
-    """Return `payment` as a record of schema `stem`, ready for `schemas.codec.frame`.
+def choose_inventory(adjustment: Mapping[str, object]) -> ForeignSchema:
+    """Return the schema that fits the shape of `adjustment`: enveloped, the older form in snake case, else flat."""
+    if isinstance(adjustment.get("data"), Mapping):
+        return ForeignSchema.INVENTORY_ENVELOPED
+    return ForeignSchema.INVENTORY_SNAKE if any("_" in name for name in adjustment) else ForeignSchema.INVENTORY_FLAT
+
+
+def to_record(stem: str, event: Mapping[str, object]) -> dict[str, object]:
+    """Return an event as a record of schema `stem`, ready for `schemas.codec.frame`.
 
     Fields that the schema does not have are dropped, missing ones become null.
     Raises InvalidEventError, naming the field, when a value has another type than the schema says.
     """
-    return _record(parsed(stem), payment, "")
+    return _record(parsed(stem), event, "")
 
 
 def encode_payment(payment: Mapping[str, object], ids: Mapping[str, int]) -> bytes:

@@ -51,6 +51,8 @@ class SkipReason(StrEnum):
     SUPERSEDED = "superseded"
     EXPIRED = "expired"
     ERASED = "erased"
+    SUPPRESSED = "suppressed"
+    RECALLED = "recalled"
 
 
 # status: (rank within an attempt, terminal: nothing more happens automatically)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
@@ -26,8 +26,10 @@ from faust.assignor.partition_assignor import PartitionAssignor
 from faust.types import TP
 
 from agents import inbox, signals, triggers
+from agents.control import Control
 from agents.ports import Effects, KnownSource, Source, State
 from agents.router import Router
+from agents.stock import Stock
 from channels.registry import build_channels
 from schemas import topics
 from schemas.codec import Codec
@@ -42,13 +44,18 @@ from schemas.errors import (
 )
 from schemas.ids import digest, partition_of
 from schemas.messages import (
+    Broadcast,
     Command,
+    ControlEntry,
     DecisionRecord,
     Delivery,
     EngagementSignal,
     Message,
     NotificationRequested,
+    Product,
     StatusChange,
+    StockLevel,
+    UserAction,
     UserKey,
 )
 from schemas.sealed import KEY_BYTES, unwrap
@@ -61,6 +68,9 @@ from streams.roles import Role, step_back
 from streams.runner import Input, MakeShard, Names, Runner, Tools, Turns
 from streams.sending import Providers, SendingShard, Slots
 from streams.settings import WORKER_NEEDS, Settings
+from streams.store.database import Database
+from streams.store.history import History
+from streams.storing import CONNECTIONS, Store, StoringShard
 from streams.topics import Count, TopicSpec, physical
 from streams.topology import Step, all_topics, steps_of
 from streams.transport.admin import committed_offsets, topic_facts
@@ -69,12 +79,17 @@ from streams.transport.faust_parts import BatchSchema, BatchTableManager, Notify
 from streams.transport.reader import Batch
 from streams.transport.records import Record
 from streams.views.pages import Health, OperationsContext, WebContext, install, install_operations
+from streams.views.requests import Asking, Rates, install_requests
 from templates.render import Templates
 
 log = logging.getLogger(__name__)
 
 EXIT_SETTINGS = 2
-_KEYED_ROLES = frozenset({Role.SENDER_CRITICAL, Role.SENDER_NORMAL, Role.SENDER_BULK, Role.VIEWS})
+_SENDERS = frozenset(role for role in Role if role.lane is not None)
+_KEYED_ROLES = _SENDERS | {Role.VIEWS}
+_CONTROLLED_ROLES = _SENDERS | {Role.ROUTER}
+# what a role follows beside the inputs of its steps
+_FOLLOWED = {topics.KEYS: _KEYED_ROLES, topics.CONTROL: _CONTROLLED_ROLES}
 _POOL_THREADS = 64
 _START_RETRY_SECONDS = 2.0
 
@@ -111,6 +126,7 @@ class Worker(NotifyApp):
         self.runner: Runner | None = None
         self.watch: HealthWatch | None = None
         self.keys: Follower | None = None
+        self.orders: Follower | None = None
         self.registry = Registry(settings.registry_url, settings.data_dir / "schemas")
         self.cluster = Cluster(bootstrap=settings.kafka)
         self._closing: list[Callable[[], Awaitable[None]]] = []
@@ -143,7 +159,8 @@ class Worker(NotifyApp):
         pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="kafka")
         specs = {spec.name: spec for spec in self.plan.topics}
         used = {topic for step in self.steps for topic in (*step.reads, *step.writes, *step.changelogs().values())}
-        used |= {topics.DEAD} | ({topics.KEYS} if self.role in _KEYED_ROLES and self.plan.inputs is None else set())
+        followed = {topic for topic, roles in _FOLLOWED.items() if self.role in roles and self.plan.inputs is None}
+        used |= {topics.DEAD} | followed
         loop = asyncio.get_running_loop()
         names = {topic: physical(env, topic) for topic in used}
         facts = await loop.run_in_executor(pool, topic_facts, self.cluster, list(names.values()))
@@ -169,13 +186,18 @@ class Worker(NotifyApp):
             role=self.role,
             pool=pool,
             turns=Turns(),
+            dead_run_limit=self.settings.dead_run_limit,
         )
         self.plan.tune(tools)
         make_shard: dict[str, MakeShard] = {}
-        if self.role in _KEYED_ROLES and self.plan.inputs is None:
+        if topics.CONTROL in followed:
+            self.orders = Follower(self.cluster, names[topics.CONTROL], group=f"{self.conf.id}.control")
+        if topics.KEYS in followed:
             self.keys = Follower(self.cluster, names[topics.KEYS], group=f"{self.conf.id}.keys")
         if self.role.lane is not None and self.plan.inputs is None:
             make_shard["send"] = await self._sending(tools)
+        if self.role is Role.STORE and self.plan.inputs is None:
+            make_shard["keep"] = self._storing(tools)
         runner = Runner(
             tools,
             group=self.conf.id,
@@ -185,6 +207,8 @@ class Worker(NotifyApp):
         runner.committed = self._committed
         if self.keys is not None:
             runner.on_assigned.append(self.keys.follow)
+        if self.orders is not None:
+            runner.on_assigned.append(self._follow_orders)
         runner.on_acquired += [self._show_tables, self._check_seal_key]
         self.owner = self.runner = runner
         self.watch = HealthWatch(runner)
@@ -199,6 +223,18 @@ class Worker(NotifyApp):
                 log.warning("registry.unavailable error=%s: waiting, since these schemas were never registered from here", error)
                 await asyncio.sleep(_START_RETRY_SECONDS)
 
+    async def _follow_orders(self, _partitions: set[int]) -> None:
+        """Read the control topic, whose one partition is everybody's, to its end."""
+        assert self.orders is not None
+        await self.orders.follow({0})
+
+    def _order(self, scope: str) -> ControlEntry | None:
+        """Return the order in force for a scope, as far as the control topic was read."""
+        assert self.orders is not None
+        assert self._codec is not None
+        row = self.orders.get(0, scope.encode())
+        return None if row is None else self._codec.decode(row, ControlEntry)
+
     async def _sending(self, tools: Tools) -> MakeShard:
         settings = self.settings
         channels = build_channels(smtp_url=settings.smtp_url, mail_from=settings.mail_from, max_open=settings.max_open_attempts)
@@ -212,6 +248,13 @@ class Worker(NotifyApp):
             ledger_seconds=settings.dedupe_seconds,
         )
         return partial(SendingShard, providers=providers)
+
+    def _storing(self, tools: Tools) -> MakeShard:
+        database = Database(self.settings.postgres_url, application=self.conf.id, connections=CONNECTIONS)
+        self._closing.append(database.close)
+        store = Store(database, tools, kept_months=self.settings.store_months)
+        self.add_future(store.keep_house())
+        return partial(StoringShard, store=store)
 
     def _count(self, count: Count) -> int:
         return self.settings.counts[count]
@@ -241,9 +284,27 @@ class Worker(NotifyApp):
                     new_key=partial(token_bytes, KEY_BYTES),
                     partitions=self.settings.partitions,
                     dedupe_seconds=self.settings.dedupe_seconds,
+                    control=Control(self._order, seal_key=self.settings.seal_key),
                 )
                 requests = {topics.requests(lane): self._own(NotificationRequested, router.decide_request) for lane in LaneName}
-                return {topics.COMMANDS: self._own(Command, router.decide_command), **requests}
+                return {
+                    topics.COMMANDS: self._own(Command, router.decide_command),
+                    # a record of it is milliseconds' work
+                    topics.BROADCAST: replace(self._own(Broadcast, router.decide_broadcast), clock_every=1),
+                    **requests,
+                }
+            case Role.STOCK:
+                stock = Stock(
+                    codec=codec,
+                    default_threshold=self.settings.low_stock_threshold,
+                    partitions=self.settings.inventory_partitions,
+                    user_partitions=self.settings.partitions,
+                )
+                products = self._own(Product, stock.decide_product)
+                return {
+                    topics.PRODUCTS: replace(products, decode=_or_tombstone(products.decode)),
+                    topics.STOCK: self._own(StockLevel, stock.decide_level),
+                }
             case Role.SENDER_CRITICAL | Role.SENDER_NORMAL | Role.SENDER_BULK:
                 return {topic: self._own(Delivery, _nothing) for topic in step.reads}
             case Role.SIGNALS:
@@ -253,6 +314,8 @@ class Worker(NotifyApp):
                     topics.DECISIONS: self._own(DecisionRecord, inbox.decide_decision),
                     topics.STATUS: self._own(StatusChange, inbox.decide_status),
                 }
+            case Role.STORE:
+                return {topics.DECISIONS: self._own(DecisionRecord, _nothing), topics.STATUS: self._own(StatusChange, _nothing)}
 
     def _ingest_inputs(self, step: Step, codec: Codec) -> dict[str, Input]:
         def decode(message: Record) -> Foreign:
@@ -264,15 +327,20 @@ class Worker(NotifyApp):
                 self.registry.explain(error.schema_id)
                 raise
 
-        def payment(found: Foreign, source: Source, _state: State) -> Effects:
-            return triggers.ingest_payment(found.record, source, found.raw)
+        def event(found: Foreign, source: Source, _state: State) -> Effects:
+            return triggers.ingest(source.topic, found.record, source, found.raw)
 
         def unparked(found: Foreign, source: Source, _state: State) -> Effects:
-            return triggers.ingest_payment(found.record, _original(source), found.raw)
+            original = _original(source)
+            return triggers.ingest(original.topic, found.record, original, found.raw)
 
-        if step.name == "parked":
-            return {topics.PARKED: Input(decode=decode, decide=unparked, learn=self._learn)}
-        return {topics.PAYMENTS: Input(decode=decode, decide=payment, learn=self._learn, parked_in=topics.PARKED)}
+        match step.name:
+            case "actions":
+                return {topics.USER_ACTIONS: self._own(UserAction, triggers.ingest_action)}
+            case "parked":
+                return {topics.PARKED: Input(decode=decode, decide=unparked, learn=self._learn)}
+            case _:
+                return {topic: Input(decode=decode, decide=event, learn=self._learn, parked_in=topics.PARKED) for topic in step.reads}
 
     async def _learn(self, messages: Iterable[Record]) -> None:
         """Ask the registry for the schemas of `messages` that are not known yet."""
@@ -381,8 +449,13 @@ def _settle(done: asyncio.Future[None], error: KafkaError | None) -> None:
         done.set_exception(ProviderUnavailableError(f"Kafka did not acknowledge: {error.name()}", code="kafka"))
 
 
-def _nothing(_delivery: Delivery, _source: Source, _state: State) -> Effects:
-    raise AssertionError("a sender's shard calls providers, it decides nothing")
+def _nothing(_message: Message, _source: Source, _state: State) -> Effects:
+    raise AssertionError("a shard that calls providers or a database decides nothing")
+
+
+def _or_tombstone(decode: Callable[[Record], Any]) -> Callable[[Record], Any]:
+    """Return `decode` for a compacted topic of others, whose records may be tombstones: they become None."""
+    return lambda message: None if message.value() is None else decode(message)
 
 
 def _original(source: Source) -> KnownSource:
@@ -450,6 +523,7 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
             now=lambda: datetime.now(UTC),
         )
         install(app, context)
+        install_requests(app, Asking(templates=Templates(), rates=Rates(per_second=settings.posts_per_second)))
     else:
         install_operations(app, operations)
     return app

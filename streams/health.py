@@ -10,12 +10,17 @@ from confluent_kafka import KafkaException
 
 from streams.runner import Runner
 from streams.sending import SendingShard
+from streams.storing import StoringShard
 from streams.transport.admin import offset_bounds
 from streams.views.pages import Health
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_SECONDS = 2.0
+HALTED_SAID_EVERY_SECONDS = 60.0
+HALTED_ADVICE = (
+    "look at them with `notify dlq list`, mend the cause and restart the worker; with NOTIFY_DEAD_RUN_LIMIT=0 it sets everything aside"
+)
 # an input with lag whose watermark has not moved for so long is stuck
 STUCK_SECONDS = 60.0
 
@@ -27,10 +32,12 @@ class HealthWatch:
         self._runner = runner
         self._lag: dict[tuple[str, int], int] = {}
         self._moved: dict[tuple[str, int], tuple[int, float]] = {}
+        self._said_at: dict[str, float] = {}
 
     async def watch(self) -> None:
         """Look until cancelled."""
         while True:
+            self._look_at_halted()
             try:
                 await self.look()
             except KafkaException as error:
@@ -65,6 +72,14 @@ class HealthWatch:
             tools.metrics.commit_age.set(now - max(shard.committed_at for shard in shards))
         self._look_at_waiting()
 
+    def _look_at_halted(self) -> None:
+        now = time.monotonic()
+        for topic, reason in self._runner.halted.items():
+            self._runner.tools.metrics.halted.labels(topic).set(1)
+            if now - self._said_at.get(topic, -HALTED_SAID_EVERY_SECONDS) >= HALTED_SAID_EVERY_SECONDS:
+                self._said_at[topic] = now
+                log.error("input.halted topic=%s reason=%r advice=%r", topic, reason, HALTED_ADVICE)
+
     def _look_at_waiting(self) -> None:
         waiting: dict[str, int] = {}
         held: dict[str, int] = {}
@@ -77,11 +92,17 @@ class HealthWatch:
         for channel, count in waiting.items():
             metrics.waiting.labels(channel).set(count)
             metrics.paused.labels(channel).set(held[channel])
+        metrics.store_paused.set(len(self._waiting_for_database()))
+
+    def _waiting_for_database(self) -> list[int]:
+        shards = self._runner.shards.values()
+        return [shard.partition for shard in shards if isinstance(shard, StoringShard) and shard.is_paused]
 
     def health(self) -> Health:
         """Return whether the worker lives and is ready, and why not."""
         runner = self._runner
         now = time.monotonic()
+        halted = runner.halted
         held = {
             channel
             for shard in runner.shards.values()
@@ -89,17 +110,23 @@ class HealthWatch:
             for channel, (_, is_held) in shard.waiting().items()
             if is_held
         }
+        if self._waiting_for_database():
+            held.add("postgres")
         committed = {(topic, shard.partition): shard.committed_at for shard in runner.shards.values() for topic in shard.physical_topics()}
         stuck = [
             f"{topic}-{partition}"
             for (topic, partition), (_, since) in self._moved.items()
             # a delivery that is refused for now holds its watermark, yet each try is committed
-            if self._lag.get((topic, partition)) and now - max(since, committed.get((topic, partition), since)) > STUCK_SECONDS and not held
+            if self._lag.get((topic, partition))
+            and now - max(since, committed.get((topic, partition), since)) > STUCK_SECONDS
+            and not held
+            # restarting a worker whose input is halted would only set more aside
+            and runner.tools.names.logical[topic] not in halted
         ]
         is_assigned = bool(runner.shards)
         return Health(
             is_live=not stuck,
-            is_ready=is_assigned and runner.is_recovered and not stuck and not runner.expired_inputs,
+            is_ready=is_assigned and runner.is_recovered and not stuck and not runner.expired_inputs and not halted,
             details={
                 "role": runner.tools.role,
                 "assigned": sorted({shard.partition for shard in runner.shards.values()}),
@@ -108,5 +135,6 @@ class HealthWatch:
                 "stuck": stuck,
                 "held": sorted(held),
                 "positionsExpired": sorted(runner.expired_inputs),
+                "halted": {topic: f"{reason}: {HALTED_ADVICE}" for topic, reason in sorted(halted.items())},
             },
         )

@@ -49,6 +49,12 @@ class Metrics:
         self.parked = counter("parked_total", "Records set aside until the schema registry answers.")
         self.replayed = counter("replayed_records_total", "Records skipped because the watermark covers them.", "topic")
         self.suppressed = counter("suppressed_total", "Sends left out because the ledger knows the delivery.", "channel")
+        self.halted = gauge("inputs_halted", "1 while an input is halted by a run of dead letters.", "topic")
         self.expired_positions = counter("expired_positions_total", "Records that fell out of retention before they were read.", "topic")
+        self.store_rows = counter("store_rows_total", "Rows written into PostgreSQL, changed ones included.", "table")
+        self.store_seconds = Histogram(
+            "notify_store_seconds", "How long a transaction of PostgreSQL took.", registry=registry, buckets=_LATENCY_SECONDS
+        )
+        self.store_paused = gauge("store_paused_partitions", "Partitions of the projection that wait for PostgreSQL.")
         self.waiting = gauge("waiting_deliveries", "Deliveries that wait to be tried again.", "channel")
         self.paused = gauge("paused_partitions", "Partitions that wait because their provider does not answer.", "channel")

@@ -21,21 +21,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from faust.types import TP
+from sortedcontainers import SortedDict
 
 from agents.ports import Effects, Output, Source
 from schemas import topics
 from schemas.errors import NotifyError, RegistryUnavailableError, RetryableError, TooLargeError
 from streams.metrics import Metrics
+from streams.runs import DeadRun, Passage
 from streams.topics import DEAD_MAX_BYTES, TopicSpec
 from streams.topology import Step
 from streams.transport.admin import offset_bounds
 from streams.transport.changelog import read_to_end
 from streams.transport.cluster import Cluster, leave
 from streams.transport.reader import MAX_BATCH_RECORDS, Batch, Reader
-from streams.transport.records import Record
+from streams.transport.records import PLACE_HEADERS, Record
 from streams.transport.writer import RECORD_OVERHEAD_BYTES, AbortedError, FencedError, Headers, Writer
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,6 @@ T = TypeVar("T")
 
 TURN_SECONDS = 0.010  # the longest stretch of work on the event loop
 URGENT_SECONDS = 1.0  # for so long after an urgent record the less urgent inputs make room
-_LOOK_AT_CLOCK_EVERY = 16
 DRAIN_SECONDS = 20.0  # longer than any call to a provider
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 _MISSING: Any = object()
@@ -55,13 +56,27 @@ Decode = Callable[[Record], Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """What a step does with the records of one topic. `learn` makes schemas known before records are decoded."""
+    """What a step does with the records of one topic. `learn` makes schemas known before records are decoded.
+
+    `due` holds records back: the moment, in seconds since 1970, from which a record may be decided. Later records of the
+    partition wait behind it, so it should rise with the offset.
+    """
 
     decode: Decode
     decide: Decide
     learn: Callable[[Iterable[Record]], Awaitable[None]] | None = None
+    due: Callable[[Record], float] | None = None
+    clock_every: int = 16  # records between two looks at the clock; 1 where a single one is milliseconds' work
     # topic for records whose schema the registry could not be asked for; None: the shard waits and tries again
     parked_in: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timer:
+    """What a step decides without a record: at most every `seconds`, given the wall clock and the tables."""
+
+    seconds: float
+    decide: Callable[[datetime, Mapping[str, Mapping[bytes, bytes]]], Effects]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +150,7 @@ class Tools:
     role: str
     pool: ThreadPoolExecutor
     turns: Turns
+    dead_run_limit: int = 0  # so many dead letters in a row halt an input; 0: none does
     fault: Callable[[str], None] = lambda _step: None  # tests stop a worker between any two steps
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -177,19 +193,24 @@ class RecordSource:
         return self._record.headers() or ()
 
 
-def dead_letter_headers(message: Record, logical: str, error: BaseException, role: str) -> Headers:
-    """Return what a dead letter says about itself. Only our own errors speak: others may quote a payload."""
+def dead_letter_headers(source: Source, error: BaseException, role: str) -> Headers:
+    """Return what a dead letter says about itself. Only our own errors speak: others may quote a payload.
+
+    A record that was parked or redriven names the place where it was read first, and keeps its generation.
+    """
     is_ours = isinstance(error, NotifyError)
-    generation = next((value for name, value in message.headers() or () if name == "generation"), b"0")
+    given = dict(source.headers)
+    here = (source.topic, source.partition, source.offset, round(source.at.timestamp() * 1000))
+    place = [(name, str(value).encode()) for name, value in zip(PLACE_HEADERS, here, strict=True)]
+    # anybody may write to some topics: another topic's name in a header is believed only where we alone write
+    if source.topic in {topics.PARKED, (given.get("topic") or b"").decode(errors="replace")}:
+        place = [(name, given.get(name) or value) for name, value in place]
     return [
         ("error", (error.reason if isinstance(error, NotifyError) else "internal").encode()),
         ("message", (str(error) if is_ours else type(error).__name__).encode()[:1000]),
-        ("topic", logical.encode()),
-        ("partition", str(message.partition()).encode()),
-        ("offset", str(message.offset()).encode()),
-        ("timestamp", str(message.timestamp()[1]).encode()),
+        *place,
         ("role", role.encode()),
-        ("generation", generation),
+        ("generation", given.get("generation") or b"0"),
         ("at", datetime.now(UTC).isoformat(timespec="milliseconds").encode()),
     ]
 
@@ -202,6 +223,7 @@ class Lane:
     urgency: int
     handles: Input
     reader: Reader
+    run: DeadRun
     queue: deque[Record] = field(default_factory=deque)  # a new one at each drain
     offered_at: float = -math.inf  # monotonic, of the newest record
     watermark: int | None = None  # next offset, as the last committed transaction says
@@ -210,10 +232,26 @@ class Lane:
     most: int = MAX_BATCH_RECORDS  # records of the next transaction
     tries: int = 0  # in a row that came to nothing
 
+    def wait_seconds(self, now: float) -> float:
+        """Return how long, from `now` (seconds since 1970), until the first queued record may be decided; inf: none may be."""
+        if not self.queue or self.run.halted:
+            return math.inf
+        return 0.0 if self.handles.due is None else max(0.0, self.handles.due(self.queue[0]) - now)
+
     def settle(self) -> None:
-        """Note that everything read is done."""
-        if self.end_read is not None:
+        """Note that everything read is done, if it is."""
+        if self.end_read is not None and not self.queue:
             self.end, self.end_read = self.end_read, None
+
+    def forget(self) -> None:
+        """Drop what was read and is not done: it is read again, from the watermark on."""
+        self.queue = deque()
+        self.end = self.end_read = None
+
+    def halt(self) -> None:
+        """Read no more, until the worker is started again."""
+        self.reader.stop()
+        self.forget()
 
     @property
     def position(self) -> int | None:
@@ -231,8 +269,7 @@ class Shard:
         self.step = step
         self.partition = partition
         self.lanes = {lane.topic: lane for lane in lanes}
-        # ordered by time of insertion, cheaply popped at the front: decisions prune the oldest rows
-        self.tables: dict[str, dict[bytes, bytes]] = {table: OrderedDict() if table in step.aged else {} for table in step.changelogs()}
+        self.tables: dict[str, dict[bytes, bytes]] = {table: _table(table, step) for table in step.changelogs()}
         self.changelogs = {table: tools.names.physical[topic] for table, topic in step.changelogs().items()}
         self._routes = {topic: tools.names.route(topic, step, partition) for topic in step.writes}
         self.writer = Writer(
@@ -270,6 +307,9 @@ class Shard:
     def offer(self, batch: Batch) -> None:
         """Queue a batch."""
         lane = self.lanes[self.tools.names.logical[batch.topic]]
+        if lane.run.halted:
+            lane.forget()  # another shard halted it
+            return
         if batch.records:
             lane.queue.extend(batch.records)
             lane.offered_at = time.monotonic()
@@ -280,8 +320,7 @@ class Shard:
         """Forget what is queued and wait until what runs is done, at most DRAIN_SECONDS."""
         self.is_draining = True
         for lane in self.lanes.values():
-            lane.queue = deque()
-            lane.end = lane.end_read = None
+            lane.forget()
         self.wake.set()
         try:
             await asyncio.wait_for(self.idle.wait(), DRAIN_SECONDS)
@@ -370,53 +409,94 @@ class Shard:
             raise TooLargeError(f"{len(value)} bytes for {output.topic}, which takes {limit}")
         return value
 
-    def dead_letter(self, message: Record, topic: str, error: BaseException) -> None:
+    def dead_letter(self, source: Source, value: bytes | None, error: BaseException) -> None:
         """Add a record's raw bytes to `dead` in the open transaction."""
         if not isinstance(error, NotifyError):
-            log.error("decision.failed topic=%s offset=%d", topic, message.offset(), exc_info=error)
-        headers = dead_letter_headers(message, topic, error, self.tools.role)
+            log.error("decision.failed topic=%s offset=%d", source.topic, source.offset, exc_info=error)
+        headers = dead_letter_headers(source, error, self.tools.role)
         partition = self.partition % self.tools.names.partitions[topics.DEAD]
-        self.writer.produce(self.tools.names.physical[topics.DEAD], message.value(), message.key(), partition, headers)
-        self.tools.metrics.dead_letters.labels(topic, dict(headers)["error"].decode()).inc()
+        self.writer.produce(self.tools.names.physical[topics.DEAD], value, source.key, partition, headers)
+        self.tools.metrics.dead_letters.labels(source.topic, dict(headers)["error"].decode()).inc()
 
 
 class DecidingShard(Shard):
-    """Turns batches into transactions of decisions."""
+    """Turns batches into transactions of decisions. `timer`: what it decides besides, when its time has come."""
+
+    def __init__(self, tools: Tools, step: Step, partition: int, lanes: list[Lane], *, timer: Timer | None = None) -> None:
+        super().__init__(tools, step, partition, lanes)
+        self._timer = timer
+        self._rang_at = time.monotonic()
+        self._passage: Passage
 
     async def run(self) -> None:
-        """Take the most urgent batch, decide as much of it as a turn allows, commit, again."""
+        """Take the most urgent batch that is due, decide as much of it as a turn allows, commit, again."""
         while True:
-            lane = next((lane for lane in self.lanes.values() if lane.queue), None)
+            if not self.is_draining and self._until_timer() <= 0:
+                self.idle.clear()
+                await self._ring()
+                continue
+            now = time.time()
+            lane = next((lane for lane in self.lanes.values() if lane.wait_seconds(now) <= 0), None)
             if lane is None or self.is_draining:
                 for each in self.lanes.values():
                     each.settle()
                 self.idle.set()
                 self.wake.clear()
-                await self.wake.wait()
+                await self._rest(min(each.wait_seconds(now) for each in self.lanes.values()))
                 continue
             self.idle.clear()
             await self._advance(lane)
+
+    async def _rest(self, seconds: float) -> None:
+        """Return when something happens, or after `seconds`, or when the timer's time has come."""
+        left = math.inf if self.is_draining else min(seconds, self._until_timer())
+        try:
+            await asyncio.wait_for(self.wake.wait(), None if left == math.inf else left)
+        except TimeoutError:
+            return
+
+    def _until_timer(self) -> float:
+        return math.inf if self._timer is None else self._rang_at + self._timer.seconds - time.monotonic()
+
+    async def _ring(self) -> None:
+        """Decide what the timer decides, in a transaction of its own if there is anything."""
+        assert self._timer is not None
+        self._rang_at = time.monotonic()
+        effects = self._timer.decide(datetime.now(UTC), self.tables)
+        if not (effects.outputs or effects.rows or effects.set_aside):
+            return
+        self.writer.begin()
+        try:
+            self._add(effects, [self.encode(output) for output in effects.outputs])
+            await self.commit(0)
+        except AbortedError as error:
+            log.warning("transaction.aborted step=%s partition=%d error=%s", self.step.name, self.partition, error)
 
     async def _advance(self, lane: Lane) -> None:
         queue = lane.queue
         if lane.handles.learn is not None:
             await lane.handles.learn(islice(queue, MAX_BATCH_RECORDS))
         await self.tools.turns.take(lane.urgency)
-        if lane.queue is not queue:
-            return  # drained meanwhile
+        if lane.queue is not queue or lane.run.halted:
+            return  # drained or halted meanwhile
         began = time.monotonic()
         self.writer.begin()
+        passage = self._passage = lane.run.begin()
         try:
             count, is_waiting = await self._fill(lane, queue)
             self.tools.fault("decided")
             await self.commit(count)
         except AbortedError as error:
             self.undo()
+            passage.aborted()
             await self._try_less(lane, queue, error)
             return
+        passage.committed()
         self._done(lane, queue, count)
         lane.most = MAX_BATCH_RECORDS
-        if is_waiting:
+        if lane.run.halted:
+            lane.halt()
+        elif is_waiting:
             await self._wait(lane)
         else:
             lane.tries = 0
@@ -477,6 +557,7 @@ class DecidingShard(Shard):
         """Decide records until the turn is over; return how many, and whether the next one has to wait."""
         began = time.perf_counter()
         covered = lane.watermark or 0
+        due, every, now = lane.handles.due, lane.handles.clock_every, time.time()
         outcomes: list[str] = []
         count = replayed = 0
         is_waiting = False
@@ -484,12 +565,14 @@ class DecidingShard(Shard):
         for record in records:
             if record.offset() < covered:
                 replayed += 1
+            elif due is not None and due(record) > now:
+                break
             elif not self._decide_one(lane, record, outcomes):
                 is_waiting = True
                 break
             last = record
             count += 1
-            if count % _LOOK_AT_CLOCK_EVERY == 0 and time.perf_counter() - began > TURN_SECONDS:
+            if count % every == 0 and time.perf_counter() - began > TURN_SECONDS:
                 break
         if last is not None:
             self.put_watermark(lane.topic, last.offset() + 1)
@@ -509,14 +592,24 @@ class DecidingShard(Shard):
         except RetryableError:
             return False
         except Exception as error:
-            self.dead_letter(message, lane.topic, error)
+            if not self._passage.may_set_aside():
+                return False
+            self.dead_letter(RecordSource(message, lane.topic), message.value(), error)
+            return True
         else:
-            for row in effects.rows:
-                self.put(row.table, row.key, row.value)
-            for output, value in zip(effects.outputs, encoded, strict=True):
-                self.publish(output, value)
+            self._add(effects, encoded)
             outcomes += effects.counts
+        self._passage.passed()
         return True
+
+    def _add(self, effects: Effects, encoded: Sequence[bytes]) -> None:
+        """Add effects, with their outputs' bytes, to the open transaction."""
+        for row in effects.rows:
+            self.put(row.table, row.key, row.value)
+        for output, value in zip(effects.outputs, encoded, strict=True):
+            self.publish(output, value)
+        for aside in effects.set_aside:
+            self.dead_letter(aside.source, aside.value, aside.error)
 
     def _park(self, parked: str, message: Record, topic: str) -> None:
         """Add a record's raw bytes to `parked`, with headers that say where it was read."""
@@ -526,7 +619,8 @@ class DecidingShard(Shard):
             ("offset", str(message.offset()).encode()),
             ("timestamp", str(message.timestamp()[1]).encode()),
         ]
-        self.writer.produce(self.tools.names.physical[parked], message.value(), message.key(), self.partition, headers)
+        partition = self.partition % self.tools.names.partitions[parked]
+        self.writer.produce(self.tools.names.physical[parked], message.value(), message.key(), partition, headers)
         self.tools.metrics.parked.inc()
 
     def _count(self, topic: str, handled: int, replayed: int, outcomes: list[str]) -> None:
@@ -548,15 +642,27 @@ class DecidingShard(Shard):
 
     async def _set_aside(self, lane: Lane, queue: deque[Record], error: NotifyError) -> None:
         """Dead-letter the one record that the broker refuses."""
+        passage = lane.run.begin()
+        if not passage.may_set_aside():
+            lane.halt()
+            return
         record = queue[0]
         self.writer.begin()
-        self.dead_letter(record, lane.topic, error)
+        self.dead_letter(RecordSource(record, lane.topic), record.value(), error)
         self.put_watermark(lane.topic, record.offset() + 1)
         await self.commit(1)
+        passage.committed()
         self._done(lane, queue, 1)
 
 
 MakeShard = Callable[[Tools, Step, int, list[Lane]], Shard]
+
+
+def _table(name: str, step: Step) -> dict[bytes, bytes]:
+    if name in step.sorted:
+        return cast("dict[bytes, bytes]", SortedDict())
+    # ordered by time of insertion, cheaply popped at the front: decisions prune the oldest rows
+    return OrderedDict() if name in step.aged else {}
 
 
 class Runner:
@@ -587,6 +693,12 @@ class Runner:
             for topic in inputs
         }
         self._step_of = {topic: step for step, inputs in steps.items() for topic in inputs}
+        self._runs = {topic: DeadRun(tools.dead_run_limit) for topic in self._step_of}
+
+    @property
+    def halted(self) -> Mapping[str, str]:
+        """The inputs that a run of dead letters halted until the worker is started again, and why."""
+        return {topic: run.halted for topic, run in self._runs.items() if run.halted}
 
     # ---- Owner
 
@@ -632,7 +744,7 @@ class Runner:
 
     def _build(self, step: Step, partition: int) -> Shard:
         lanes = [
-            Lane(topic=topic, urgency=urgency, handles=self._steps[step][topic], reader=self._readers[topic])
+            Lane(topic=topic, urgency=urgency, handles=self._steps[step][topic], reader=self._readers[topic], run=self._runs[topic])
             for urgency, topic in enumerate(step.reads)
         ]
         return self._make_shard.get(step.name, DecidingShard)(self.tools, step, partition, lanes)
@@ -665,7 +777,8 @@ class Runner:
         for shard in self.shards.values():
             shard.start()
         for topic, by_partition in positions.items():
-            self._readers[topic].start(by_partition, epoch=self._epoch)
+            if topic not in self.halted:
+                self._readers[topic].start(by_partition, epoch=self._epoch)
         # recovered rows are no garbage: full collections need not look at them again
         gc.collect()
         gc.freeze()

@@ -27,7 +27,7 @@ from schemas.errors import ExpiredError, UndecodableError, UnsealableError
 from schemas.messages import Content, Delivery, StatusChange
 from schemas.sealed import unseal
 from schemas.status import Axis, Status
-from streams.runner import DRAIN_SECONDS, Lane, Shard, Tools
+from streams.runner import DRAIN_SECONDS, Lane, RecordSource, Shard, Tools
 from streams.topology import Step
 from streams.transport.cluster import leave
 from streams.transport.records import Record
@@ -243,7 +243,7 @@ class SendingShard(Shard):
     async def _transact(self, ended: list[tuple[Job, Receipt | BaseException]], starts: list[Job]) -> None:
         self.writer.begin()
         for lane, message, error in self._lost:
-            self.dead_letter(message, lane.topic, error)
+            self.dead_letter(RecordSource(message, lane.topic), message.value(), error)
         self._lost.clear()
         for job, end in ended:
             self._record_end(job, end)

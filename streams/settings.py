@@ -53,6 +53,7 @@ class Settings:
     retry_tiers_seconds: Mapping[Lane, tuple[int, ...]]
     dead_run_limit: int
     postgres_url: str = field(repr=False)  # may carry a password
+    store_months: int
     posts_per_second: int
 
     @property
@@ -116,6 +117,7 @@ class Settings:
             retry_tiers_seconds=read("NOTIFY_RETRY_TIERS", _tiers, dict.fromkeys(Lane, DEFAULT_TIERS_SECONDS)),
             dead_run_limit=read("NOTIFY_DEAD_RUN_LIMIT", _between(0, 1_000_000), 200),
             postgres_url=read("NOTIFY_POSTGRES_URL", _postgres_url, ""),
+            store_months=read("NOTIFY_STORE_MONTHS", _between(1, 1_200), 13),
             posts_per_second=read("NOTIFY_POSTS_PER_SECOND", _between(1, 1_000_000), 50),
         )
         unknown = sorted(name for name in env if name.startswith("NOTIFY_") and name not in VARIABLES)
@@ -147,9 +149,10 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_SESSION_TIMEOUT_SECONDS": "silence after which a worker's partitions go to others; default 10, at least 6",
     "NOTIFY_MAX_OPEN_ATTEMPTS": "calls to one provider that a worker has open at once: the bound on duplicates of a crash; default 32",
     "NOTIFY_LOW_STOCK_THRESHOLD": "at or below how many a product's stock is low, where `products` does not say; default 10",
-    "NOTIFY_RETRY_TIERS": "seconds of the three retry tiers, for all lanes or by lane: 5,60,600 or critical=1,10,60;bulk=30,300,3600; default 5,60,600",
-    "NOTIFY_DEAD_RUN_LIMIT": "so many dead letters in a row, or more dead letters than not among 1000 records, stop the worker; 0: never; default 200",
-    "NOTIFY_POSTGRES_URL": "the database, postgresql://user:password@host:port/name; secret; the store needs it, views use it for older pages",
+    "NOTIFY_RETRY_TIERS": "seconds of the retry tiers, for all lanes or by lane: 5,60,600 or critical=1,10,60;bulk=30,300,3600; default 5,60,600",
+    "NOTIFY_DEAD_RUN_LIMIT": "so many dead letters in a row, or more than half of 1000 records, halt an input; 0: never; default 200",
+    "NOTIFY_POSTGRES_URL": "the database, postgresql://user:password@host:port/name; secret; the store needs it, views page on with it",
+    "NOTIFY_STORE_MONTHS": "how many months of notifications the database keeps, the current one included; default 13",
     "NOTIFY_POSTS_PER_SECOND": "POST /notifications that a token may make in a second; default 50",
     "NOTIFY_CACHE_DIR": "where `notify up` keeps downloads; default ~/.cache/flowmart-notify",
 }

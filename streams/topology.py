@@ -62,7 +62,7 @@ TOPOLOGY: tuple[Step, ...] = (
         name="inventory",
         role=Role.INGEST,
         reads=(topics.INVENTORY,),
-        writes=(topics.STOCK, topics.DECISIONS, topics.PARKED),
+        writes=(topics.STOCK, topics.PARKED),
         count=Count.INVENTORY,
     ),
     Step(name="actions", role=Role.INGEST, reads=(topics.USER_ACTIONS,), writes=REQUESTS),
@@ -70,7 +70,7 @@ TOPOLOGY: tuple[Step, ...] = (
         name="parked",
         role=Role.INGEST,
         reads=(topics.PARKED,),
-        writes=(*REQUESTS, topics.STOCK, topics.DECISIONS),
+        writes=(*REQUESTS, topics.STOCK),
         count=Count.INBOUND,
     ),
     Step(
@@ -78,7 +78,7 @@ TOPOLOGY: tuple[Step, ...] = (
         role=Role.STOCK,
         reads=(topics.PRODUCTS, topics.STOCK),
         tables=(("products", None), ("levels", None)),
-        writes=(topics.OUT_OF_STOCK, topics.BROADCAST, topics.DECISIONS),
+        writes=(topics.OUT_OF_STOCK, topics.BROADCAST, topics.DECISIONS, topics.PRODUCTS),
         count=Count.INVENTORY,
     ),
     Step(

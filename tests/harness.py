@@ -234,6 +234,22 @@ class System:
         assert producer.flush(60) == 0
         assert not failed, failed[:3]
 
+    def produce_to(self, topic: str, partition: int, records: Iterable[tuple[bytes, bytes]]) -> None:
+        """Publish (key, value) records to one partition: rows of a table whose key is not what it is partitioned by."""
+        producer = Producer({"bootstrap.servers": self.stack.kafka, "linger.ms": 20, "enable.idempotence": True})
+        failed: list[KafkaError] = []
+        for key, value in records:
+            while True:
+                try:
+                    producer.produce(
+                        self.topic(topic), value, key, partition, on_delivery=lambda error, _m: failed.append(error) if error else None
+                    )
+                    break
+                except BufferError:
+                    producer.poll(0.1)
+        assert producer.flush(60) == 0
+        assert not failed, failed[:3]
+
     def read(self, topic: str) -> list[Record]:
         """Return every committed record of a topic, to the end that it has now."""
         return list(self.follow(topic))

@@ -117,7 +117,9 @@ def progress(description: str, total: int | None) -> Iterator[Advance]:
         TaskProgressColumn(),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    # what is printed meanwhile goes above the bar; into a pipe it goes as it is, not to where the bar is
+    is_shared = sys.stdout.isatty()
+    with Progress(*columns, console=console, transient=True, redirect_stdout=is_shared) as bar:
         task = bar.add_task(description, total=total)
         shown_at = time.monotonic()
 

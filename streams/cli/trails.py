@@ -31,8 +31,8 @@ from schemas.messages import DecisionRecord
 from schemas.status import Status, is_terminal
 from schemas.topics import Channel
 from streams.cli import console
-from streams.cli.dead import DeadLetter
 from streams.cli.kafka import Reader, partition_count
+from streams.cli.letters import DeadLetter
 from streams.cli.trail import panel
 from streams.registry import Registry
 from streams.settings import Settings

@@ -41,16 +41,29 @@ INHERITED_VARIABLES: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRAR
 # deadlock in a process with threads, and librdkafka starts several.
 LAUNCHER: Final = """
 import ctypes, os, sys
-death_signal, parent, idle = map(int, sys.argv[1:4])
+death_signal, parent, idle, user = map(int, sys.argv[1:5])
+if user >= 0:
+    libc = ctypes.CDLL(None)
+    libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    # folders above the data may be closed to that user: keep the right to read (CAP_DAC_READ_SEARCH), where root has
+    # only the one to override (CAP_DAC_OVERRIDE) that one, and drop all others
+    header, rights = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, rights)
+    right = 2 if rights[1] & 4 else 1
+    libc.capset(header, (ctypes.c_uint32 * 6)(1 << right, 1 << right, 1 << right, 0, 0, 0))
+    libc.prctl(47, 2, right, 0, 0)  # PR_CAP_AMBIENT_RAISE, kept across exec
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, death_signal, 0, 0, 0)  # PR_SET_PDEATHSIG, kept across exec
+    ctypes.CDLL(None).prctl(1, death_signal, 0, 0, 0)  # PR_SET_PDEATHSIG, kept across exec, lost by a change of user
     if os.getppid() != parent:  # it died before the line above
         sys.exit(1)
 if idle:
     os.nice(19)
     if sys.platform == "linux":
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-os.execv(sys.argv[4], sys.argv[4:])
+os.execv(sys.argv[5], sys.argv[5:])
 """
 
 
@@ -209,7 +222,9 @@ class Launch:
     cwd: Path
     env: Mapping[str, str] = field(default_factory=dict)
     death_signal: signal.Signals = signal.SIGTERM  # sent by the kernel when our thread ends
+    stop_signal: signal.Signals = signal.SIGTERM
     is_idle: bool = False  # run only when nobody else wants the processor
+    user: int | None = None  # the id of the user and group to become, for a server that refuses to run as root
 
 
 def inherited_environment(env: Mapping[str, str], **more: str) -> dict[str, str]:
@@ -225,11 +240,14 @@ class ManagedProcess:
         self._pid_path = pid_path
         if log_path.exists() and log_path.stat().st_size > LOG_LIMIT_BYTES:
             log_path.replace(log_path.with_suffix(".log.1"))
-        command = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(int(launch.death_signal)), str(os.getpid())]
+        self._stop_signal = launch.stop_signal
+        user = -1 if launch.user is None else launch.user
+        numbers = (launch.death_signal, os.getpid(), launch.is_idle, user)
+        command = [sys.executable, "-I", "-S", "-c", LAUNCHER, *(str(int(number)) for number in numbers)]
         with log_path.open("ab") as log:
             self._log_start = log.tell()
             self._child = subprocess.Popen(  # noqa: S603  # our own argument list, no shell
-                [*command, str(int(launch.is_idle)), *launch.argv],
+                [*command, *launch.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -274,8 +292,8 @@ class ManagedProcess:
         return code
 
     async def stop(self, grace_seconds: float) -> int:
-        """Ask it to end (SIGTERM), wait up to `grace_seconds`, then kill. Returns the exit code."""
-        self._signal(signal.SIGTERM)
+        """Ask it to end (`Launch.stop_signal`), wait up to `grace_seconds`, then kill. Returns the exit code."""
+        self._signal(self._stop_signal)
         try:
             return await self.wait(grace_seconds)
         except TimeoutError:

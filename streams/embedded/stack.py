@@ -1,6 +1,6 @@
-"""Kafka, the schema registry and the mail server as one thing to start and stop: `notify up` and the tests use it.
+"""Kafka, the schema registry, PostgreSQL and the mail server as one thing to start and stop: `notify up` and the tests use it.
 
-The three start at the same time, each as soon as its own files are there. The first start on a machine downloads them
+They start at the same time, each as soon as its own files are there. The first start on a machine downloads them
 (195 MB); later ones take about two seconds.
 """
 
@@ -24,6 +24,7 @@ import aiohttp
 
 from streams.embedded import artifacts
 from streams.embedded.kafka import KafkaBroker
+from streams.embedded.postgres import PostgresServer
 from streams.embedded.processes import (
     LOOPBACK,
     DataDirLock,
@@ -54,11 +55,12 @@ class Ports:
     registry: int = 18081
     smtp: int = 11025
     http: int = 18025
+    postgres: int = 15432
 
     @classmethod
     def free(cls) -> Self:
         """Return ports that are all chosen at the start, as tests want them."""
-        return cls(kafka=0, controller=0, registry=0, smtp=0, http=0)
+        return cls(kafka=0, controller=0, registry=0, smtp=0, http=0, postgres=0)
 
 
 DEFAULT_PORTS: Final = Ports()
@@ -68,6 +70,7 @@ PURPOSES: Final = {
     "registry": "the schema registry",
     "smtp": "the mail server",
     "http": "the inbox page",
+    "postgres": "the database",
 }
 
 
@@ -131,6 +134,7 @@ class Stack:
     broker: KafkaBroker
     registry_process: RegistryServer | None = None
     mail_process: MailServer | None = None
+    postgres_process: PostgresServer | None = None
     _lock: DataDirLock = field(repr=False)
     _warm_up: WarmUp | None = field(default=None, repr=False)
 
@@ -157,6 +161,13 @@ class Stack:
         return self._mail.http_url
 
     @property
+    def postgres(self) -> str:
+        """The database's URL, password included. Raises StackError when the stack was started without it."""
+        if not self.postgres_process:
+            raise StackError("PostgreSQL was not started: call start_stack(postgres=True).")
+        return self.postgres_process.url
+
+    @property
     def _mail(self) -> MailServer:
         if not self.mail_process:
             raise StackError("the mail server was not started: call start_stack(mail=True).")
@@ -165,7 +176,7 @@ class Stack:
     @property
     def servers(self) -> list[Server]:
         """Everything that was started."""
-        return [each for each in (self.broker, self.registry_process, self.mail_process) if each]
+        return [each for each in (self.broker, self.registry_process, self.postgres_process, self.mail_process) if each]
 
     async def stop(self) -> None:
         """Stop everything at the same time, by force after 6 seconds, and give the data folder back."""
@@ -191,6 +202,7 @@ async def start_stack(  # noqa: PLR0913
     progress: Progress | None = None,
     mail: bool = True,
     registry: bool = True,
+    postgres: bool = True,
     warm_up: bool = True,
 ) -> Stack:
     """Start the stack on the data in `data_dir`, creating it the first time; return when everything answers.
@@ -204,7 +216,8 @@ async def start_stack(  # noqa: PLR0913
     cache = (cache_dir or artifacts.default_cache_dir(os.environ)).absolute()
     lock = DataDirLock(data_dir).acquire()
     try:
-        wanted = {"kafka", "controller"} | ({"smtp", "http"} if mail else set()) | ({"registry"} if registry else set())
+        wanted = {"kafka", "controller"} | ({"smtp", "http"} if mail else set())
+        wanted |= {name for name, is_wanted in (("registry", registry), ("postgres", postgres)) if is_wanted}
         ports = await _settle_ports(data_dir, ports, wanted)
         stack = Stack(
             data_dir=data_dir,
@@ -225,6 +238,7 @@ async def start_stack(  # noqa: PLR0913
             if registry
             else None,
             mail_process=MailServer(data_dir / "mail", smtp_port=ports.smtp, http_port=ports.http, env=os.environ) if mail else None,
+            postgres_process=PostgresServer(data_dir / "postgres", port=ports.postgres, env=os.environ) if postgres else None,
             _lock=lock,
         )
         await _start(stack, cache, progress or (lambda _component, _message: None))
@@ -238,7 +252,7 @@ async def start_stack(  # noqa: PLR0913
 
 async def _settle_ports(data_dir: Path, ports: Ports, wanted: set[str]) -> Ports:
     """Return `ports` with every 0 replaced, and remember them for the next run."""
-    await asyncio.gather(*(end_leftover(data_dir / name / f"{name}.pid") for name in ("kafka", "registry", "mail")))
+    await asyncio.gather(*(end_leftover(data_dir / name / f"{name}.pid") for name in ("kafka", "registry", "postgres", "mail")))
     path = data_dir / "ports.json"
     remembered: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError):
@@ -274,8 +288,9 @@ async def _start(stack: Stack, cache: Path, tell: Progress) -> None:
     tasks = [asyncio.create_task(start(stack.broker, kafka_files()))]
     if stack.registry_process:
         tasks.append(asyncio.create_task(start(stack.registry_process, registry_files(stack.registry_process))))
-    if stack.mail_process:
-        tasks.append(asyncio.create_task(start(stack.mail_process, no_files())))
+    for server in (stack.postgres_process, stack.mail_process):
+        if server:
+            tasks.append(asyncio.create_task(start(server, no_files())))
     try:
         await asyncio.gather(*tasks)
     except BaseException:

@@ -8,6 +8,8 @@ from typing import Protocol, cast
 from confluent_kafka import Consumer, KafkaError
 
 Place = tuple[str, int]  # topic, partition
+# headers of a record that was parked or redriven: where and when (milliseconds since 1970) it was read first
+PLACE_HEADERS = ("topic", "partition", "offset", "timestamp")
 
 
 class Record(Protocol):

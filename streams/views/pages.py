@@ -33,7 +33,7 @@ from streams import tokens
 from streams.views import problems
 from streams.views.problems import ProblemError, ProblemType, bad_parameter, unavailable
 from streams.views.proxy import Proxy
-from streams.views.queries import ElsewhereError, Found, Queries, Show, Tables, is_readable, trail
+from streams.views.queries import BeyondTablesError, Cursor, ElsewhereError, Found, History, Queries, Show, Tables, is_readable, trail
 
 MAX_USER_ID_CHARACTERS = 200
 MAX_LIMIT = 200
@@ -41,9 +41,11 @@ MAX_OFFSET = 10_000
 DEFAULT_LIMIT = 50
 PUBLISH_TIMEOUT_SECONDS = 10.0
 KEY_TIMEOUT_SECONDS = 5.0
+BEYOND_RETRY_SECONDS = 5
 
 # anything but a slash, in aiohttp's form: its default refuses braces, which a user id may have
-_USER_ID = "{user_id:[^/]+}"
+USER_ID = "{user_id:[^/]+}"
+PRODUCT_ID = "{product_id:[^/]+}"
 _NOTIFICATION_ID = "{notification_id:[^/]+}"
 _NO_NOTIFICATION = "there is no such notification"
 
@@ -84,17 +86,20 @@ class WebContext(OperationsContext):
     publish: Callable[[str, bytes, Message], Awaitable[None]]
     token_key: bytes = field(repr=False)
     now: Callable[[], datetime]
+    history: History | None = None  # what is older than the tables keep; None: there is no database
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Site:
+class Site:
+    """What the pages find in their application."""
+
     context: WebContext
     queries: Queries
     proxy: Proxy
 
 
 _OPERATIONS = web.AppKey("operations", OperationsContext)
-_SITE = web.AppKey("site", _Site)
+SITE = web.AppKey("site", Site)
 _PAGES = web.AppKey("pages", list)
 
 
@@ -106,9 +111,9 @@ def install_operations(app: faust.App, context: OperationsContext) -> None:
 def install(app: faust.App, context: WebContext) -> None:
     """Add all pages to `app`, and close Faust's own. Before its web server starts."""
     proxy = Proxy(context.owner)
-    queries = Queries(tables=context.tables, partitions=context.partitions, key_of=_in_time(context.key_of))
-    application = _application(app)
-    application[_SITE] = _Site(context=context, queries=queries, proxy=proxy)
+    queries = Queries(tables=context.tables, partitions=context.partitions, key_of=_in_time(context.key_of), history=context.history)
+    application = application_of(app)
+    application[SITE] = Site(context=context, queries=queries, proxy=proxy)
     application.cleanup_ctx.append(proxy.connected)
     _install(app, context, (Index, Live, Ready, Metrics, UserNotifications, Details, Read, Trail))
 
@@ -119,19 +124,27 @@ def _install(app: faust.App, context: OperationsContext, pages: tuple[type[Page]
         raise RuntimeError("the pages must be installed before the web server starts")
     # the settings web_*_enabled close most of Faust's pages, but one of two index pages is always mounted
     server.blueprints = BlueprintManager()
-    application = _application(app)
+    application = application_of(app)
     application.middlewares.append(problems.middleware)
     application[_OPERATIONS] = context
-    application[_PAGES] = [(page.methods_shown, _shown(page.view_path), page.about) for page in pages]
+    application[_PAGES] = []
+    add_pages(app, pages)
+
+
+def add_pages(app: faust.App, pages: tuple[type[Page], ...]) -> None:
+    """Add more `pages` to `app`, after `install`."""
+    listed = application_of(app)[_PAGES]
     for page in pages:
-        server.add_view(page)
+        listed.append((page.methods_shown, _shown(page.view_path), page.about))
+        app.web.add_view(page)
 
 
 def _shown(path: str) -> str:
-    return path.replace(_USER_ID, "{userId}").replace(_NOTIFICATION_ID, "{notificationId}")
+    return path.replace(USER_ID, "{userId}").replace(PRODUCT_ID, "{productId}").replace(_NOTIFICATION_ID, "{notificationId}")
 
 
-def _application(app: faust.App) -> web.Application:
+def application_of(app: faust.App) -> web.Application:
+    """Return the aiohttp application behind Faust's web."""
     return cast("web.Application", app.web.web_app)  # type: ignore[attr-defined]  # of the aiohttp driver
 
 
@@ -146,8 +159,9 @@ def _in_time(key_of: Callable[[str], Awaitable[bytes | None]]) -> Callable[[str]
     return bounded
 
 
-def _json(value: object, *, status: int = HTTPStatus.OK) -> web.Response:
-    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
+def json_answer(value: object, *, status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Return `value` as a JSON answer."""
+    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json", headers=headers)
 
 
 class Page(View):
@@ -175,7 +189,7 @@ class Index(Page):
     async def get(self, request: web.Request) -> web.Response:
         """Answer which pages there are."""
         pages = [{"method": method, "path": path, "about": about} for method, path, about in request.app[_PAGES]]
-        return _json({"service": "flowmart-notifications", "pages": pages})
+        return json_answer({"service": "flowmart-notifications", "pages": pages})
 
 
 class Live(Page):
@@ -202,7 +216,7 @@ def _health(request: web.Request, *, is_good: Callable[[Health], bool], words: t
     health = request.app[_OPERATIONS].health()
     good = is_good(health)
     body = {"status": words[0] if good else words[1], "details": dict(health.details)}
-    return _json(body, status=HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE)
+    return json_answer(body, status=HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 class Metrics(Page):
@@ -219,12 +233,12 @@ class Metrics(Page):
 class UserNotifications(Page):
     """A user's inbox."""
 
-    view_name, view_path = "inbox", f"/users/{_USER_ID}/notifications"
-    about = "a user's inbox, newest first; status=all|unread, limit=1..200, offset=0..10000"
+    view_name, view_path = "inbox", f"/users/{USER_ID}/notifications"
+    about = "a user's inbox, newest first; status=all|unread, limit=1..200, offset=0..10000 or the cursor of the link to the next page"
 
     async def get(self, request: web.Request, user_id: str) -> web.Response:
         """Answer with GetUserNotifications."""
-        site, caller = request.app[_SITE], _caller(request)
+        site, caller = request.app[SITE], caller_of(request)
         if len(user_id) > MAX_USER_ID_CHARACTERS:
             raise bad_parameter("userId", f"1 to {MAX_USER_ID_CHARACTERS} characters")
         if not caller.may_see(user_id):
@@ -234,10 +248,21 @@ class UserNotifications(Page):
             raise bad_parameter("status", " or ".join(sorted(Show)))
         limit = _number(request, "limit", low=1, high=MAX_LIMIT, default=DEFAULT_LIMIT)
         offset = _number(request, "offset", low=0, high=MAX_OFFSET, default=0)
+        before = _cursor(request)
+        if before is not None and offset:
+            raise bad_parameter("offset", "left out where a cursor is given")
         try:
-            return _json(await site.queries.inbox(user_id, show=Show(show), limit=limit, offset=offset))
+            page = await site.queries.inbox(user_id, show=Show(show), limit=limit, offset=offset, before=before)
         except ElsewhereError as elsewhere:
             return await site.proxy.forward(request, elsewhere.partition)
+        except BeyondTablesError as beyond:
+            raise unavailable(str(beyond), retry_after_seconds=BEYOND_RETRY_SECONDS) from beyond
+        answer = json_answer(page.answer)
+        if page.next is not None:
+            # RFC 8288; the body's contract has no room for it. Relative: whoever forwarded the request has another address
+            query = {**{name: value for name, value in request.query.items() if name != "offset"}, "cursor": page.next.encode()}
+            answer.headers["Link"] = f'<{request.rel_url.with_query(query)}>; rel="next"'
+        return answer
 
 
 class NotificationPage(Page):
@@ -245,16 +270,18 @@ class NotificationPage(Page):
 
     async def answer(self, request: web.Request, notification_id: str) -> web.Response:
         """Find the notification and answer about it, or let its owner answer."""
-        site, caller = request.app[_SITE], _caller(request)
+        site, caller = request.app[SITE], caller_of(request)
         try:
-            found = site.queries.find(notification_id)
+            found = await site.queries.find(notification_id)
         except ElsewhereError as elsewhere:
             return await site.proxy.forward(request, elsewhere.partition)
+        except BeyondTablesError as beyond:
+            raise unavailable(str(beyond), retry_after_seconds=BEYOND_RETRY_SECONDS) from beyond
         if found is None or not caller.may_see(found.row.user_id):
             raise ProblemError(ProblemType.NOT_FOUND, _NO_NOTIFICATION)
         return await self.answer_about(found, site)
 
-    async def answer_about(self, found: Found, site: _Site) -> web.Response:
+    async def answer_about(self, found: Found, site: Site) -> web.Response:
         """Answer about a notification that the caller may see."""
         raise NotImplementedError
 
@@ -269,12 +296,12 @@ class Details(NotificationPage):
         """Answer with GetNotificationDetails."""
         return await self.answer(request, notification_id)
 
-    async def answer_about(self, found: Found, site: _Site) -> web.Response:
+    async def answer_about(self, found: Found, site: Site) -> web.Response:
         """Answer 404 also for what was skipped: nobody was told anything; its trail says why."""
         details = await site.queries.details(found)
         if details is None:
             raise ProblemError(ProblemType.NOT_FOUND, _NO_NOTIFICATION)
-        return _json(details)
+        return json_answer(details)
 
 
 class Trail(NotificationPage):
@@ -287,10 +314,10 @@ class Trail(NotificationPage):
         """Answer with the trail."""
         return await self.answer(request, notification_id)
 
-    async def answer_about(self, found: Found, site: _Site) -> web.Response:
+    async def answer_about(self, found: Found, site: Site) -> web.Response:
         """Answer with what is known so far."""
         del site
-        return _json(trail(found))
+        return json_answer(trail(found))
 
 
 class Read(NotificationPage):
@@ -303,7 +330,7 @@ class Read(NotificationPage):
         """Answer once the broker has stored the signal. Asking again changes nothing."""
         return await self.answer(request, notification_id)
 
-    async def answer_about(self, found: Found, site: _Site) -> web.Response:
+    async def answer_about(self, found: Found, site: Site) -> web.Response:
         """Publish the signal; the inbox follows when it has come back through the topics."""
         row = found.row
         if not is_readable(row):
@@ -323,13 +350,14 @@ class Read(NotificationPage):
                 await site.context.publish(topics.SIGNALS, row.user_id.encode(), signal)
         except (TimeoutError, NotifyError) as error:
             raise unavailable("Kafka did not confirm in time; asking again is safe", retry_after_seconds=5) from error
-        return _json({"notificationId": found.notification_id, "status": Engagement.READ}, status=HTTPStatus.ACCEPTED)
+        return json_answer({"notificationId": found.notification_id, "status": Engagement.READ}, status=HTTPStatus.ACCEPTED)
 
 
-def _caller(request: web.Request) -> tokens.Caller:
+def caller_of(request: web.Request) -> tokens.Caller:
+    """Return who asks. Raises ProblemError without a valid token."""
     given = ", ".join(request.headers.getall("Authorization", []))  # two of them make none that is valid
     try:
-        return tokens.verify(request.app[_SITE].context.token_key, given)
+        return tokens.verify(request.app[SITE].context.token_key, given)
     except tokens.UnauthorizedError as error:
         # RFC 6750, section 3.1: no error code when the request had no token at all
         challenge = 'Bearer realm="notifications"' + (', error="invalid_token"' if given else "")
@@ -341,6 +369,14 @@ def _parameter(request: web.Request, name: str) -> str | None:
     if len(given) > 1:
         raise bad_parameter(name, "given once")
     return given[0] if given else None
+
+
+def _cursor(request: web.Request) -> Cursor | None:
+    text = _parameter(request, "cursor")
+    try:
+        return None if text is None else Cursor.decode(text)
+    except ValueError:
+        raise bad_parameter("cursor", "one from the link to the next page") from None
 
 
 def _number(request: web.Request, name: str, *, low: int, high: int, default: int) -> int:

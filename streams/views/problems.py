@@ -27,8 +27,13 @@ class ProblemType(StrEnum):
     BAD_PARAMETER = "bad-parameter"
     BAD_REQUEST = "bad-request"
     UNAUTHORIZED = "unauthorized"
+    FORBIDDEN = "forbidden"
     NOT_FOUND = "not-found"
     METHOD_NOT_ALLOWED = "method-not-allowed"
+    TOO_LARGE = "too-large"
+    UNSUPPORTED_TYPE = "unsupported-type"
+    INVALID_FIELD = "invalid-field"
+    TOO_MANY = "too-many-requests"
     INTERNAL = "internal"
     BAD_ANSWER = "bad-answer"
     UNAVAILABLE = "unavailable"
@@ -38,8 +43,13 @@ _KINDS: Mapping[ProblemType, tuple[HTTPStatus, str]] = {
     ProblemType.BAD_PARAMETER: (HTTPStatus.BAD_REQUEST, "A parameter is not valid"),
     ProblemType.BAD_REQUEST: (HTTPStatus.BAD_REQUEST, "The request is not valid"),
     ProblemType.UNAUTHORIZED: (HTTPStatus.UNAUTHORIZED, "A valid token is required"),
+    ProblemType.FORBIDDEN: (HTTPStatus.FORBIDDEN, "The token does not allow this"),
     ProblemType.NOT_FOUND: (HTTPStatus.NOT_FOUND, "Not found"),
     ProblemType.METHOD_NOT_ALLOWED: (HTTPStatus.METHOD_NOT_ALLOWED, "Method not allowed"),
+    ProblemType.TOO_LARGE: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request is too large"),
+    ProblemType.UNSUPPORTED_TYPE: (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The content has another type than is read here"),
+    ProblemType.INVALID_FIELD: (HTTPStatus.UNPROCESSABLE_ENTITY, "A field of the request is not valid"),
+    ProblemType.TOO_MANY: (HTTPStatus.TOO_MANY_REQUESTS, "Too many requests"),
     ProblemType.INTERNAL: (HTTPStatus.INTERNAL_SERVER_ERROR, "Internal error"),
     ProblemType.BAD_ANSWER: (HTTPStatus.BAD_GATEWAY, "Another worker gave no usable answer"),
     ProblemType.UNAVAILABLE: (HTTPStatus.SERVICE_UNAVAILABLE, "Not available right now"),
@@ -60,6 +70,11 @@ class ProblemError(WebError):
 def bad_parameter(parameter: str, allowed: str) -> ProblemError:
     """Return the problem of a `parameter` that is not one of `allowed`."""
     return ProblemError(ProblemType.BAD_PARAMETER, f"{parameter} must be {allowed}", parameter=parameter, allowed=allowed)
+
+
+def invalid_field(field: str, problem: str, **members: object) -> ProblemError:
+    """Return the problem of a `field` of the body, such as `data.title`. Neither may repeat a value of the request."""
+    return ProblemError(ProblemType.INVALID_FIELD, f"{field} {problem}", field=field, **members)
 
 
 def unavailable(detail: str, *, retry_after_seconds: int = 1) -> ProblemError:

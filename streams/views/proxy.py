@@ -19,7 +19,9 @@ TIMEOUT_SECONDS = 5.0
 CONNECT_TIMEOUT_SECONDS = 1.0
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 # of the owner's answer; everything else is the hop's own business
-_PASSED_ON = ("Content-Type", "WWW-Authenticate", "Retry-After", "Allow")
+_PASSED_ON = ("Content-Type", "WWW-Authenticate", "Retry-After", "Allow", "Location", "Link")
+# of the request, besides the token
+_SENT_ON = ("Authorization", "Content-Type", "Idempotency-Key")
 
 _REBALANCING = "the worker that holds this user's data is starting or changing; try again shortly"
 
@@ -38,8 +40,8 @@ class Proxy:
         async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as self._session:
             yield
 
-    async def forward(self, request: web.Request, partition: int) -> web.Response:
-        """Return the answer of the worker that owns `partition`. None of our pages reads a body, so none is sent.
+    async def forward(self, request: web.Request, partition: int, *, body: bytes | None = None) -> web.Response:
+        """Return the answer of the worker that owns `partition`. `body`: the request's, from a page that has read it.
 
         Raises ProblemError: 503 when nobody owns the partition right now or its owner does not answer in time, 502 when
         its answer is too large.
@@ -47,12 +49,11 @@ class Proxy:
         base = self._owner(partition)
         if base is None or FORWARDED in request.headers or self._session is None:
             raise unavailable(_REBALANCING)
-        headers = {FORWARDED: "1", "Accept-Encoding": "identity"}
-        if "Authorization" in request.headers:
-            headers["Authorization"] = request.headers["Authorization"]
+        sent_on = {name: request.headers[name] for name in _SENT_ON if name in request.headers}
+        headers = {FORWARDED: "1", "Accept-Encoding": "identity", **sent_on}
         url = URL(base.rstrip("/") + request.rel_url.raw_path_qs, encoded=True)
         try:
-            async with self._session.request(request.method, url, headers=headers, allow_redirects=False) as answer:
+            async with self._session.request(request.method, url, headers=headers, data=body, allow_redirects=False) as answer:
                 body = await _bounded(answer.content)
                 passed_on = {name: answer.headers[name] for name in _PASSED_ON if name in answer.headers}
                 return web.Response(status=answer.status, body=body, headers=passed_on)

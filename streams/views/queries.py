@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
-from agents.inbox import INBOX, NOTIFICATIONS, Change, Decision, DeliveryState, Inbox, Notification, moment_of
+from agents.inbox import INBOX, NOTIFICATIONS, SHELF_SIZES, Change, Decision, DeliveryState, Inbox, Notification, Shelf, moment_of
 from schemas.codec import unpack
-from schemas.errors import UndecodableError, UnsealableError
+from schemas.errors import DatabaseUnavailableError, UndecodableError, UnsealableError
 from schemas.ids import is_notification_id, partition_of, partition_of_notification
 from schemas.messages import Headline
 from schemas.sealed import unseal
@@ -30,12 +30,48 @@ class Tables(Protocol):
         """Return the rows of `table` in `partition`; None when they are not here, or not yet recovered."""
 
 
+class History(Protocol):
+    """What is older than the tables keep. Both raise DatabaseUnavailableError."""
+
+    async def page(
+        self, user_id: str, *, only_unread: bool, before: tuple[int, str] | None, offset: int, limit: int
+    ) -> list[tuple[str, Notification]]:
+        """Return (notification id, row) of a user's inbox in its order; `before`: only what comes after this place."""
+
+    async def find(self, notification_id: str) -> Notification | None:
+        """Return a notification by its id."""
+
+
+class BeyondTablesError(Exception):
+    """The tables do not have it, and PostgreSQL is not there to be asked. The message says which of its reasons it is."""
+
+
 class ElsewhereError(Exception):
     """The rows of `partition` are not here. Ask the worker that owns it."""
 
     def __init__(self, partition: int) -> None:
         super().__init__(f"partition {partition} is not here")
         self.partition = partition
+
+
+class Cursor(NamedTuple):
+    """A place in an inbox: that of a page's last notification. It stays where it is while new ones come."""
+
+    milliseconds: int
+    notification_id: str
+
+    @classmethod
+    def decode(cls, text: str) -> Self:
+        """Return the cursor in `text`, as `encode` writes it. Raises ValueError."""
+        number, _, notification_id = text.partition("-")
+        # a moment that PostgreSQL and Python know: up to the year 9999
+        if not (number.isascii() and number.isdigit() and len(number) < 15 and is_notification_id(notification_id)):
+            raise ValueError("is not a cursor")
+        return cls(int(number), notification_id)
+
+    def encode(self) -> str:
+        """Return the cursor as a word that needs no quoting in a URL."""
+        return f"{self.milliseconds}-{self.notification_id}"
 
 
 class Show(StrEnum):
@@ -54,35 +90,85 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """A page of an inbox: the answer, and where the next one begins. None: there is none."""
+
+    answer: Answer
+    next: Cursor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Queries:
-    """Answers from the tables. `key_of` gives a user's key; None: it was destroyed, and what it sealed is erased."""
+    """Answers from the tables, and from `history` (None: there is no database) where they end.
+
+    `key_of` gives a user's key; None: it was destroyed, and what it sealed is erased.
+    """
 
     tables: Tables
     partitions: int
     key_of: Callable[[str], Awaitable[bytes | None]]
+    history: History | None = None
 
-    async def inbox(self, user_id: str, *, show: Show, limit: int, offset: int) -> Answer:
-        """Return `limit` notifications of a user from the `offset`th, newest first: GetUserNotifications.
+    async def inbox(self, user_id: str, *, show: Show, limit: int, offset: int = 0, before: Cursor | None = None) -> Page:
+        """Return `limit` notifications of a user from the `offset`th after `before`, newest first: GetUserNotifications.
 
-        Raises ElsewhereError.
+        A page comes wholly from the tables or wholly from PostgreSQL; both have one order: moment, then id, descending.
+        Where the tables end and PostgreSQL does not answer, a page is shorter. Raises ElsewhereError, and
+        BeyondTablesError when the page begins where the tables have ended.
         """
         partition = partition_of(user_id.encode(), self.partitions)
         inbox = Inbox.decode(self._shard(INBOX, partition).get(user_id.encode()))
         rows = self._shard(NOTIFICATIONS, partition)
-        listed = ((notification_id, rows[notification_id.encode()]) for _, notification_id in inbox.listed())
-        found = (Found(notification_id=notification_id, row=Notification.decode(raw)) for notification_id, raw in listed)
+        listed = inbox.listed()
+        is_whole = len(listed) < SHELF_SIZES[Shelf.INBOX]
+        wanted = (each for each in listed if before is None or each < before)
+        found = (Found(notification_id=each, row=Notification.decode(rows[each.encode()])) for _, each in wanted)
         shown = (each for each in found if show is Show.ALL or not each.row.engaged.is_read)
-        page = list(islice(shown, offset, offset + limit))
+        page = list(islice(shown, offset, offset + limit + 1))
+        has_more = len(page) > limit
+        if not is_whole and len(page) < limit:
+            try:
+                page = await self._older(user_id, show=show, limit=limit + 1, offset=offset, before=before)
+                has_more = len(page) > limit
+            except BeyondTablesError:
+                if not page and (offset or before is not None):
+                    raise
+                has_more = self.history is not None
+        elif not is_whole:
+            has_more = has_more or self.history is not None
+        page = page[:limit]
         key = await self.key_of(user_id) if page else None
-        return {"userId": user_id, "notifications": [_summary(each, key) for each in page]}
+        last = Cursor(page[-1].row.place[1], page[-1].notification_id) if page and has_more else None
+        return Page(answer={"userId": user_id, "notifications": [_summary(each, key) for each in page]}, next=last)
 
-    def find(self, notification_id: str) -> Found | None:
-        """Return a notification by its id, None when there is none. Raises ElsewhereError."""
+    async def _older(self, user_id: str, *, show: Show, limit: int, offset: int, before: Cursor | None) -> list[Found]:
+        """Return a page from PostgreSQL. Raises BeyondTablesError."""
+        if self.history is None:
+            raise BeyondTablesError("older notifications are kept in PostgreSQL, which these views have not been given")
+        try:
+            page = await self.history.page(user_id, only_unread=show is Show.UNREAD, before=before, offset=offset, limit=limit)
+        except DatabaseUnavailableError as error:
+            raise BeyondTablesError("older notifications are kept in PostgreSQL, which does not answer") from error
+        return [Found(notification_id=notification_id, row=row) for notification_id, row in page]
+
+    async def find(self, notification_id: str) -> Found | None:
+        """Return a notification by its id, None when there is none.
+
+        What the table does not have any more, or has only the last words of, is looked up in PostgreSQL. Raises
+        ElsewhereError, and BeyondTablesError when PostgreSQL would know.
+        """
         if not is_notification_id(notification_id):
             return None
         partition = partition_of_notification(notification_id, self.partitions)
         raw = self._shard(NOTIFICATIONS, partition).get(notification_id.encode())
-        return None if raw is None else Found(notification_id=notification_id, row=Notification.decode(raw))
+        row = None if raw is None else Notification.decode(raw)
+        if (row is None or row.decision is None) and self.history is not None:
+            try:
+                row = await self.history.find(notification_id) or row
+            except DatabaseUnavailableError as error:
+                if row is None:
+                    raise BeyondTablesError("an older notification is kept in PostgreSQL, which does not answer") from error
+        return None if row is None else Found(notification_id=notification_id, row=row)
 
     async def details(self, found: Found) -> Answer | None:
         """Return one notification: GetNotificationDetails. None when nothing was decided yet, or nothing was to be said."""

@@ -9,23 +9,30 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sortedcontainers import SortedDict
 
+from agents.control import Control
 from agents.ports import Effects, KnownSource, Source
-from agents.router import KEYS, PREFERENCES, SEEN, SUBJECTS, Router
+from agents.router import CHUNK_USERS, KEYS, MAX_WATCHES, PREFERENCES, SEEN, SUBJECTS, WATCHES, WATCHING, Router
 from schemas.codec import Codec, pack, unpack
 from schemas.errors import InvalidEventError, TemplateError, UnknownRuleError, VersionConflictError
 from schemas.ids import partition_of
 from schemas.messages import (
+    Broadcast,
     Command,
     Contact,
     Content,
+    ControlEntry,
     DecisionRecord,
     Delivery,
     Headline,
     NotificationRequested,
+    Origin,
+    RequestData,
     StatusChange,
     UserKey,
     UserPreferences,
+    Watch,
 )
 from schemas.sealed import seal, unseal, unwrap
 from templates.render import Templates
@@ -35,7 +42,8 @@ SEAL_KEY = bytes(range(32))
 USER = "cust_1"
 PARTITIONS = 4
 HERE = partition_of(USER.encode(), PARTITIONS)
-CODEC = Codec({kind.__name__: number for number, kind in enumerate((UserKey, UserPreferences), start=1)}, {})
+CODEC = Codec({kind.__name__: number for number, kind in enumerate((UserKey, UserPreferences, Watch), start=1)}, {})
+CONTROL: dict[str, ControlEntry] = {}
 ROUTER = Router(
     templates=Templates(),
     codec=CODEC,
@@ -43,6 +51,7 @@ ROUTER = Router(
     new_key=lambda: b"k" * 32,
     partitions=PARTITIONS,
     dedupe_seconds=7 * 86_400,
+    control=Control(CONTROL.get, seal_key=SEAL_KEY),
 )
 
 
@@ -50,7 +59,14 @@ class Desk:
     """A router with its tables: applies what it decides, as the runner does."""
 
     def __init__(self) -> None:
-        self.state: dict[str, dict[bytes, bytes]] = {PREFERENCES: {}, KEYS: {}, SEEN: OrderedDict(), SUBJECTS: OrderedDict()}
+        self.state: dict[str, dict[bytes, bytes]] = {
+            PREFERENCES: {},
+            KEYS: {},
+            SEEN: OrderedDict(),
+            SUBJECTS: OrderedDict(),
+            WATCHES: SortedDict(),
+            WATCHING: {},
+        }
         self.offset = 0
 
     def _apply(self, effects: Effects) -> list[Any]:
@@ -68,8 +84,11 @@ class Desk:
     def ask(self, request: NotificationRequested, *, at: datetime = NOW, topic: str = "requests.normal") -> list[Any]:
         return self._apply(ROUTER.decide_request(request, self._source(topic, at), self.state))
 
+    def broadcast(self, broadcast: Broadcast) -> list[Any]:
+        return self._apply(ROUTER.decide_broadcast(broadcast, self._source("broadcast", NOW), self.state))
+
     def command(self, **more: Any) -> list[Any]:
-        command = Command(command_id="c", user_id=USER, **{"kind": "set_preferences", "issued_at": NOW, **more})
+        command = Command(**{"command_id": "c", "user_id": USER, "kind": "set_preferences", "issued_at": NOW, **more})
         return self._apply(ROUTER.decide_command(command, self._source("commands", NOW), self.state))
 
     def key(self) -> bytes:
@@ -245,3 +264,134 @@ def test_the_table_of_ids_forgets_what_is_past_its_window(gaps_hours: list[int])
     for number in range(len(times)):
         desk.ask(request(f"later{number}"), at=at)
     assert len(desk.state[SEEN]) == fresh + len(times)
+
+
+# watches and broadcasts
+
+
+def watchers(desk: Desk, count: int, audience: str = "product:p1") -> list[str]:
+    """Let `count` users of this partition watch; return their ids in order."""
+    users = []
+    number = 0
+    while len(users) < count:
+        user = f"w{number}"
+        number += 1
+        if partition_of(user.encode(), PARTITIONS) == HERE:
+            desk.command(kind="watch", user_id=user, audience=audience)
+            users.append(user)
+    return sorted(users)
+
+
+def broadcast(**more: Any) -> Broadcast:
+    base = Broadcast(
+        broadcast_id="b1",
+        audience="product:p1",
+        rule="back_in_stock",
+        producer="inventory",
+        event_id="e1",
+        occurred_at=NOW,
+        accepted_at=NOW,
+        origin=Origin(topic="stock", partition=0, offset=1),
+    )
+    return replace(base, **more)
+
+
+def test_a_broadcast_tells_its_audience_in_chunks_nobody_twice_and_nobody_missed() -> None:
+    desk = Desk()
+    users = watchers(desk, 2 * CHUNK_USERS + 3)
+    watchers(desk, 5, "product:p10")
+    watchers(desk, 5, "product:p")
+    told: list[str] = []
+    waiting = [broadcast()]
+    chunks = 0
+    while waiting:
+        found = desk.broadcast(waiting.pop())
+        told += [each.user_id for each in of(found, NotificationRequested)]
+        waiting += of(found, Broadcast)
+        chunks += 1
+    assert told == users
+    assert chunks == 3
+
+
+def test_who_stops_watching_before_his_chunk_is_not_told() -> None:
+    desk = Desk()
+    users = watchers(desk, CHUNK_USERS + 2)
+    (rest,) = of(desk.broadcast(broadcast()), Broadcast)
+    desk.command(kind="unwatch", user_id=users[-1], audience="product:p1")
+    assert [each.user_id for each in of(desk.broadcast(rest), NotificationRequested)] == [users[-2]]
+
+
+def test_watching_twice_or_unwatching_what_is_not_watched_changes_nothing() -> None:
+    desk = Desk()
+    desk.command(kind="watch", audience="product:p1")
+    before = {table: dict(rows) for table, rows in desk.state.items()}
+    desk.command(kind="watch", audience="product:p1")
+    desk.command(kind="unwatch", audience="product:p2")
+    assert {table: dict(rows) for table, rows in desk.state.items()} == before
+
+
+@pytest.mark.parametrize("audience", [None, "", "p1", "product:", "product:a\0b", "everyone:x", "product:" + "x" * 201])
+def test_an_audience_that_cannot_be_is_refused(audience: str | None) -> None:
+    with pytest.raises(InvalidEventError):
+        Desk().command(kind="watch", audience=audience)
+
+
+def test_the_watches_of_a_user_are_bounded() -> None:
+    desk = Desk()
+    for number in range(MAX_WATCHES):
+        desk.command(kind="watch", audience=f"product:{number}")
+    with pytest.raises(InvalidEventError, match="one too many"):
+        desk.command(kind="watch", audience="product:more")
+
+
+# sealed requests, erasure, orders
+
+
+def sealed(desk: Desk, **data: str) -> bytes:
+    return seal(desk.key(), pack(RequestData(data=data)), user_id=USER, purpose="request")
+
+
+def test_what_was_sealed_in_a_request_is_told_and_its_repetition_is_known_although_it_is_sealed_otherwise() -> None:
+    desk = Desk()
+    desk.reach(email="a@example.com")
+    first = desk.ask(request(data={}, sealed=sealed(desk, title="Secret", message="World")))
+    headline = unpack(unseal(desk.key(), of(first, DecisionRecord)[0].sealed, user_id=USER, purpose="headline"), Headline)
+    assert headline.title == "Secret"
+    again = desk.ask(request(data={}, sealed=sealed(desk, title="Secret", message="World")))
+    other = desk.ask(request(data={}, sealed=sealed(desk, title="Other", message="World")))
+    assert [of(found, DecisionRecord)[0].outcome for found in (again, other)] == ["duplicate_of", "conflict"]
+
+
+def test_forgetting_a_user_leaves_no_row_of_his_and_what_was_sealed_before_is_skipped_as_erased() -> None:
+    desk = Desk()
+    desk.reach(email="a@example.com")
+    desk.command(kind="watch", audience="product:p1")
+    left = request("later", data={}, sealed=sealed(desk, title="t", message="m"))
+    desk.command(kind="forget")
+    assert not any(desk.state[table] for table in (KEYS, PREFERENCES, WATCHES, WATCHING))
+    (record,) = of(desk.ask(left), DecisionRecord)
+    assert (record.outcome, record.reason) == ("skipped", "erased")
+    assert not desk.state[KEYS]
+
+
+def test_a_request_that_no_rule_is_known_for_is_decided_visibly_and_once() -> None:
+    desk = Desk()
+    asked = request(rule="", data={"event": "user-actions: danced"})
+    (record,) = desk.ask(asked)
+    assert (record.outcome, record.reason, record.rule) == ("no_rule_matched", "user-actions: danced", "")
+    assert desk.ask(asked)[0].outcome == "duplicate_of"
+
+
+def test_what_is_recalled_is_cancelled_and_a_suppressed_address_is_skipped_with_its_cause() -> None:
+    desk = Desk()
+    desk.reach(email="a@example.com")
+    suppression = ControlEntry(scope=ROUTER.control.scope_of("email", "A@example.com"), reason="hard bounce", issued_at=NOW)
+    recall = ControlEntry(scope="recall:event:test:e2", reason="wrong price", issued_at=NOW)
+    CONTROL.update({entry.scope: entry for entry in (suppression, recall)})
+    try:
+        (record,) = of(desk.ask(request()), DecisionRecord)
+        (recalled,) = desk.ask(request("e2"))
+    finally:
+        CONTROL.clear()
+    assert {choice.channel: choice.reason for choice in record.channels}["email"] == "suppressed: hard bounce"
+    assert (recalled.outcome, recalled.reason) == ("cancelled", "recalled: wrong price")

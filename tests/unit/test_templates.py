@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.ports import KnownSource
-from agents.triggers import RULES, ingest_payment
+from agents.triggers import RULES, ingest_action, ingest_payment
 from schemas.errors import TemplateError
 from schemas.examples import samples
-from schemas.messages import NotificationRequested
+from schemas.messages import NotificationRequested, UserAction
 from schemas.topics import Channel
 from templates.render import FOLDER, MAX_PART_BYTES, Links, Templates, cleaned, money, paragraphs, sentence
 
@@ -31,6 +31,24 @@ LINKED = Templates(
     )
 )
 PARTS = {Channel.EMAIL: {"subject", "text", "html"}, Channel.IN_APP: {"title", "message"}}
+STOCK = {
+    "productId": "prod_1129",
+    "productName": "Wireless Bluetooth Headphones",
+    "sku": "WBH-400-BLK",
+    "warehouseId": "wh_east_01",
+    "quantity": "4",
+    "previousQuantity": "31",
+    "threshold": "20",
+    "occurredAt": "17 November 2025 at 07:45 UTC",
+}
+ACTIONS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("password_reset_requested", {"code": "481 205", "expiresInMinutes": "15", "requestedFrom": "Firefox on Linux"}),
+    ("password_reset_requested", {"code": "481 205"}),
+    ("password_reset_requested", {"expiresInMinutes": "15"}),
+    ("password_reset_requested", {}),
+    ("signed_in", {"device": "Firefox on Linux", "location": "Lyon, France"}),
+    ("signed_in", {}),
+)
 
 
 def _data() -> Iterator[tuple[str, dict[str, str]]]:
@@ -40,12 +58,25 @@ def _data() -> Iterator[tuple[str, dict[str, str]]]:
         (output,) = ingest_payment(payment, source, b"").outputs
         assert isinstance(output.value, NotificationRequested)
         yield output.value.rule, dict(output.value.data)
+    for data in (
+        STOCK,
+        STOCK | {"productName": "", "sku": ""},
+        STOCK | dict.fromkeys(("warehouseId", "previousQuantity", "productName"), ""),
+    ):
+        yield from ((rule, data) for rule in ("out_of_stock", "low_stock", "back_in_stock"))
+    for name, facts in ACTIONS:
+        (output,) = ingest_action(
+            UserAction(action_id="a", user_id="u1", action=name, data=facts, occurred_at=source.at), source, {}
+        ).outputs
+        assert isinstance(output.value, NotificationRequested)
+        yield output.value.rule, dict(output.value.data)
     yield "message", {"title": "Your parcel has arrived", "message": "Collect it by Friday.\nBring a photo ID.\n\nYour code is 4471."}
 
 
 DATA = list(_data())
 CONFIRMED = DATA[1][1]
 FAILED = DATA[2][1]
+DATA_OF = dict(reversed(DATA))  # of each rule the first
 CASES = [(rule, channel, data) for rule, data in DATA for channel in RULES[rule].channels]
 
 
@@ -131,6 +162,32 @@ def test_a_message_keeps_its_lines() -> None:
     assert "Collect it by Friday.\nBring a photo ID.\n\nYour code is 4471.\n" in mail["text"]
     assert "Collect it by Friday.<br>Bring a photo ID.</p>" in mail["html"]
     assert TEMPLATES.render("message", "in_app", DATA[-1][1])["message"] == DATA[-1][1]["message"]
+
+
+def test_the_staff_are_told_what_ran_out_where_and_what_to_do() -> None:
+    mail = TEMPLATES.render("out_of_stock", "email", STOCK | {"name": "Priya"})
+    assert mail["subject"] == "Out of stock: Wireless Bluetooth Headphones in wh_east_01"
+    for text in (mail["text"], _Balance(mail["html"]).text):
+        for fact in ("Hello Priya,", "wh_east_01", "prod_1129", "WBH-400-BLK", "31", "Order more"):
+            assert fact in text
+    assert TEMPLATES.render("low_stock", "in_app", STOCK)["message"].startswith("Only 4 of Wireless Bluetooth Headphones left in warehouse")
+    assert "20 or fewer" in TEMPLATES.render("low_stock", "email", STOCK)["text"]
+
+
+def test_a_product_without_a_name_goes_by_its_sku_and_else_its_id() -> None:
+    for data, name in ((STOCK | {"productName": ""}, "WBH-400-BLK"), (STOCK | {"productName": "", "sku": ""}, "prod_1129")):
+        assert TEMPLATES.render("back_in_stock", "email", data)["subject"] == f"Back in stock: {name}"
+        assert TEMPLATES.render("back_in_stock", "in_app", data)["message"].startswith(f"{name} is back in stock.")
+
+
+def test_the_code_of_a_password_reset_is_in_the_body_of_the_mail_and_nowhere_else() -> None:
+    data = DATA_OF["password_reset"]
+    mail = TEMPLATES.render("password_reset", "email", data)
+    assert all("481 205" in mail[part] and "15 minutes" in mail[part] for part in ("text", "html"))
+    # subjects show on locked screens, and the inbox to whoever sits at an open session
+    seen_by_others = (mail["subject"], *TEMPLATES.render("password_reset", "in_app", data).values())
+    assert not [text for text in seen_by_others if "481" in text]
+    assert "Enter this code" not in TEMPLATES.render("password_reset", "email", data | {"code": ""})["text"]
 
 
 def test_what_is_not_known_is_not_linked() -> None:

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.ports import Effects, KnownSource, Source
-from agents.triggers import RULES, ingest_payment
+from agents.ports import BY_KEY, Effects, KnownSource, Source
+from agents.triggers import NO_RULE, RULES, ingest_action, ingest_payment
 from schemas import codec, topics
 from schemas.errors import NotifyError, UnroutableError
 from schemas.examples import example, samples
-from schemas.messages import NotificationRequested, Origin
+from schemas.messages import NotificationRequested, Origin, UserAction
 from schemas.topics import Channel, Lane
 
 SOURCE = KnownSource(topic=topics.PAYMENTS, partition=2, offset=40117, at=datetime(2024, 3, 15, 11, 4, 33, 402000, tzinfo=UTC))
@@ -44,6 +44,11 @@ def test_what_each_rule_says() -> None:
         "payment_confirmed": ("payments", "payment", Lane.NORMAL, (Channel.IN_APP, Channel.EMAIL)),
         "payment_failed": ("payments", "payment", Lane.CRITICAL, (Channel.IN_APP, Channel.EMAIL)),
         "payment_pending": ("payments", "payment", Lane.NORMAL, (Channel.IN_APP,)),
+        "out_of_stock": ("inventory", "inventory", Lane.CRITICAL, (Channel.IN_APP, Channel.EMAIL)),
+        "low_stock": ("inventory", "inventory", Lane.NORMAL, (Channel.IN_APP, Channel.EMAIL)),
+        "back_in_stock": ("watches", "product", Lane.BULK, (Channel.IN_APP, Channel.EMAIL)),
+        "password_reset": ("security", "account", Lane.CRITICAL, (Channel.EMAIL,)),
+        "new_sign_in": ("security", "account", Lane.NORMAL, (Channel.IN_APP, Channel.EMAIL)),
         "message": ("messages", "message", Lane.NORMAL, (Channel.IN_APP, Channel.EMAIL)),
     }
 
@@ -55,6 +60,29 @@ def test_rules_of_one_category_have_the_same_defaults() -> None:
 
 def test_every_rule_reaches_somebody_who_chose_nothing_and_knows_old_news() -> None:
     assert all(set(rule.channels) & rule.defaults and rule.max_age_seconds > 0 for rule in RULES.values())
+
+
+# actions of users
+
+
+def test_a_password_reset_is_critical_and_says_what_its_templates_name() -> None:
+    action = example("UserAction")
+    assert isinstance(action, UserAction)
+    (output,) = ingest_action(action, SOURCE, {}).outputs
+    assert (output.topic, output.partition) == ("requests.critical", BY_KEY)
+    assert isinstance(output.value, NotificationRequested)
+    assert (output.value.rule, output.value.event_id, output.value.data["requestedFrom"]) == ("password_reset", action.action_id, "")
+
+
+def test_an_action_without_a_rule_becomes_a_request_that_is_decided_as_such() -> None:
+    (output,) = ingest_action(UserAction(action_id="a", user_id="u", action="danced", occurred_at=SOURCE.at), SOURCE, {}).outputs
+    assert isinstance(output.value, NotificationRequested)
+    assert (output.value.rule, output.value.data) == (NO_RULE, {"event": "user-actions: danced"})
+
+
+def test_an_action_of_nobody_cannot_be_told() -> None:
+    with pytest.raises(UnroutableError):
+        ingest_action(UserAction(action_id="a", user_id="", action="signed_in", occurred_at=SOURCE.at), SOURCE, {})
 
 
 # requests

@@ -1,0 +1,267 @@
+"""The roles beside the payments' path through crashes, poison and replay: stock, broadcast, the other senders, signals."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+from fastavro import parse_schema
+
+from agents.stock import product_audience, warehouse_audience
+from schemas import topics
+from schemas.codec import frame, own_schema, pack
+from schemas.ids import delivery_id, digest, notification_id
+from schemas.messages import (
+    Command,
+    DecisionRecord,
+    Delivery,
+    EngagementSignal,
+    NotificationRequested,
+    OutOfStock,
+    StatusChange,
+    UserAction,
+)
+from schemas.topics import Channel, Lane, deliver, requests
+from streams.cli.wire import Wire
+from streams.embedded.stack import Stack
+from streams.topics import specs
+from tests.harness import System, WorkerProcess, system, wait_for
+
+ROLES = ("ingest", "stock", "router", "sender-critical", "sender-normal", "sender-bulk", "signals", "views")
+PRODUCTS, STAFF, WATCHERS, ROUNDS = 40, 5, 5, 6
+BOUND = 32  # calls that a sender has open at once, and so what its kill may double
+START = datetime(2026, 3, 1, 12, tzinfo=UTC)
+SCHEMA = {
+    "type": "record",
+    "name": "InventoryAdjusted",
+    "fields": [
+        {"name": name, "type": kind}
+        for name, kind in (
+            ("eventId", "string"),
+            ("productId", "string"),
+            ("warehouseId", "string"),
+            ("previousQuantity", "int"),
+            ("newQuantity", "int"),
+            ("timestamp", "string"),
+        )
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def running(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    with system(stack, tmp_path_factory.mktemp("roles")) as made:
+        for role in ROLES:
+            made.start(role)
+        made.await_ready(seconds=120)
+        people = [*(f"staff-{i}" for i in range(STAFF)), *(f"watcher-{i}" for i in range(WATCHERS))]
+        made.load_preferences({"userId": user, "email": f"{user}@example.com"} for user in people)
+        audiences = [(f"staff-{i}", warehouse_audience("w1")) for i in range(STAFF)]
+        audiences += [(f"watcher-{i}", product_audience(f"p{n}")) for i in range(WATCHERS) for n in range(PRODUCTS)]
+        publish(made, topics.COMMANDS, [command(user, audience) for user, audience in audiences])
+        wait_for(lambda: len(made.rows(topics.WATCHES)) == len(audiences), seconds=60, what="every watch")
+        yield made
+
+
+def command(user: str, audience: str) -> tuple[bytes, Command]:
+    number = digest(user, audience, size=8)
+    return user.encode(), Command(command_id=number, user_id=user, kind="watch", audience=audience, issued_at=START)
+
+
+def publish(made: System, topic: str, records: list[tuple[bytes, object]]) -> None:
+    """Publish messages to one of our own topics."""
+    with Wire(made.settings) as wire:
+        codec = wire.codec([spec for spec in specs() if spec.name == topic])
+    made.produce(topic, [(key, codec.encode(message)) for key, message in records])  # type: ignore[arg-type]  # any of our messages
+
+
+@cache
+def parsed() -> object:
+    return parse_schema(SCHEMA)
+
+
+def adjust(made: System, run: str, rounds: range) -> list[tuple[bytes | None, bytes]]:
+    """Return adjustments: in even rounds every product runs out, in odd ones it is back."""
+    number = made.register(f"{made.topic('inventory')}-value", json.dumps(SCHEMA))
+    found: list[tuple[bytes | None, bytes]] = []
+    for round_ in rounds:
+        for product in range(PRODUCTS):
+            is_out = round_ % 2 == 0
+            row = {
+                "eventId": event_id(run, round_, product),
+                "productId": f"p{product}",
+                "warehouseId": "w1",
+                "previousQuantity": 50 if is_out else 0,
+                "newQuantity": 0 if is_out else 50,
+                "timestamp": (datetime.now(UTC).replace(microsecond=0) + timedelta(milliseconds=round_)).isoformat(),
+            }
+            found.append((f"p{product}".encode(), frame(number, parsed(), row)))
+    return found
+
+
+def event_id(run: str, round_: int, product: int) -> str:
+    return f"{run}-{round_}-{product}"
+
+
+def expected(run: str, rounds: range) -> dict[str, set[str]]:
+    """Return the notifications that adjustments become, by lane."""
+    found: dict[str, set[str]] = {Lane.CRITICAL: set(), Lane.BULK: set()}
+    for round_ in rounds:
+        lane, rule, who, count = (
+            (Lane.CRITICAL, "out_of_stock", "staff", STAFF) if round_ % 2 == 0 else (Lane.BULK, "back_in_stock", "watcher", WATCHERS)
+        )
+        for product in range(PRODUCTS):
+            for person in range(count):
+                found[lane].add(
+                    notification_id(
+                        producer="inventory", event_id=event_id(run, round_, product), rule=rule, user_id=f"{who}-{person}"
+                    )
+                )
+    return found
+
+
+def kill_when_moved(made: System, role: str, records: int) -> Callable[[], WorkerProcess]:
+    """Return what kills the worker of `role` once it has moved so many more records."""
+    worker = made.workers[f"{role}-a"]
+    base = worker.metric("notify_records_total")
+
+    def kill() -> WorkerProcess:
+        wait_for(lambda: worker.metric("notify_records_total") - base >= records, seconds=60, what=f"{role} moved {records}")
+        worker.kill()
+        wait_for(lambda: worker.process is not None and worker.process.poll() is None, seconds=10, what="its restart")
+        return worker
+
+    return kill
+
+
+def counted(made: System, topic: str, ids: set[str]) -> Counter[str]:
+    """Return how often each delivery of these notifications is in a topic."""
+    found = (made.decode(record, Delivery) for record in made.read(topic))
+    return Counter(delivery.delivery_id for delivery in found if delivery.notification_id in ids)
+
+
+def test_stock_broadcasts_and_both_other_senders_survive_kills(running: System) -> None:
+    rounds = range(ROUNDS)
+    wanted = expected("crash", rounds)
+    victims = ["stock", "sender-critical", "sender-bulk", "ingest", "router"]
+    killers = [kill_when_moved(running, role, count) for role, count in zip(victims, (40, 60, 60, 80, 300), strict=True)]
+    adjustments = adjust(running, "crash", rounds)
+    step = len(adjustments) // len(victims)
+    for n, kill in enumerate(killers):
+        running.produce(topics.INVENTORY, adjustments[n * step : (n + 1) * step if n < len(victims) - 1 else None])
+        assert kill().exits[-1] == -signal.SIGKILL
+    mailed = {delivery_id(found, Channel.EMAIL) for lane in wanted.values() for found in lane}  # type: ignore[arg-type]  # ids as text
+    wait_for(lambda: mailed <= running.mails().keys(), seconds=150, what="every mail")
+    out = [running.decode(record, OutOfStock) for record in running.read(topics.OUT_OF_STOCK)]
+    ran_out = Counter(event.metadata["triggeredBy"] for event in out if event.metadata["triggeredBy"].startswith("crash-"))
+    assert ran_out == {event_id("crash", round_, product): 1 for round_ in rounds if round_ % 2 == 0 for product in range(PRODUCTS)}
+    asked = Counter(
+        (request.event_id, request.user_id)
+        for lane in (Lane.CRITICAL, Lane.BULK)
+        for record in running.read(requests(lane))
+        if (request := running.decode(record, NotificationRequested)).event_id.startswith("crash-")
+    )
+    assert (len(asked), set(asked.values())) == (sum(map(len, wanted.values())), {1})
+    mails = Counter({found: n for found, n in running.mails().items() if found in mailed})
+    doubled = mails.total() - len(mailed)
+    print(f"\nroles: {len(adjustments)} adjustments, {len(out)} OutOfStock, {len(mailed)} mails, doubled {doubled}, killed {len(victims)}")
+    for lane, ids in wanted.items():
+        for channel in (Channel.EMAIL, Channel.IN_APP):
+            found = counted(running, deliver(channel, lane), ids)
+            assert (len(found), set(found.values())) == (len(ids), {1})
+    assert doubled <= 2 * BOUND, "for each of the two killed senders"
+
+
+def test_reads_are_told_once_although_signals_is_killed(running: System) -> None:
+    (found,) = (each for each in [notification_id(producer="t", event_id="e", rule="message", user_id="reader")])
+    signals = [
+        (
+            b"reader",
+            EngagementSignal(signal_id=f"s{n}", notification_id=found, user_id="reader", engagement="read", at=START + timedelta(seconds=n)),
+        )
+        for n in range(2_000)
+    ]
+    worker = running.workers["signals-a"]
+    base = worker.metric("notify_records_total")
+    publish(running, topics.SIGNALS, signals[:1_000])
+    wait_for(lambda: worker.metric("notify_records_total") > base, seconds=30, what="signals works")
+    worker.kill()
+    publish(running, topics.SIGNALS, signals[1_000:])
+
+    def told() -> Counter[datetime]:
+        changes = (running.decode(record, StatusChange) for record in running.read(topics.STATUS))
+        return Counter(change.at for change in changes if change.notification_id == found)
+
+    wait_for(lambda: len(told()) == len(signals), seconds=60, what="every read told")
+    assert set(told().values()) == {1}
+
+
+def test_a_password_reset_and_a_strange_action_are_decided_each_in_its_way(running: System) -> None:
+    running.load_preferences([{"userId": "forgetful", "email": "forgetful@example.com"}])
+    actions = [
+        UserAction(action_id="reset-1", user_id="forgetful", action="password_reset_requested", data={"code": "123 456"}, occurred_at=START),
+        UserAction(action_id="dance-1", user_id="forgetful", action="danced", occurred_at=START),
+    ]
+    publish(running, topics.USER_ACTIONS, [(b"forgetful", action) for action in actions])
+    reset = notification_id(producer="user-actions", event_id="reset-1", rule="password_reset", user_id="forgetful")
+    wait_for(lambda: running.mails()[delivery_id(reset, Channel.EMAIL)] == 1, seconds=30, what="the mail")
+    shown = wait_for(
+        lambda: found.stdout if "no_rule_matched" in (found := running.notify("why", "forgetful", "dance-1")).stdout else None,
+        seconds=30,
+        what="the decision about the dance",
+    )
+    assert "danced" in shown
+
+
+def test_poison_in_every_public_topic_harms_nobody(running: System) -> None:
+    dice = random.Random(11)
+    public = (topics.INVENTORY, topics.USER_ACTIONS, topics.PRODUCTS, topics.COMMANDS, *(requests(lane) for lane in Lane))
+    noise = {topic: [dice.randbytes(dice.randrange(1, 100)) for _ in range(50)] for topic in public}
+    adjustments = adjust(running, "poison", range(2))
+    for topic in public:
+        records: list[tuple[bytes | None, bytes]] = [(dice.randbytes(8), value) for value in noise[topic]]
+        if topic == topics.INVENTORY:
+            records += adjustments
+            # a stable order for each product; noise between
+            records = sorted(records, key=lambda record: dice.random() if record[1] in noise[topic] else 0.5)
+        running.produce(topic, records)
+    wanted = expected("poison", range(2))
+    mailed = {delivery_id(found, Channel.EMAIL) for lane in wanted.values() for found in lane}  # type: ignore[arg-type]  # ids as text
+    wait_for(lambda: mailed <= running.mails().keys(), seconds=90, what="every mail among the poison")
+
+    def dead() -> bool:
+        values = Counter(record.value() for record in running.read(topics.DEAD))
+        return all(values[value] >= 1 for topic in public for value in noise[topic])
+
+    wait_for(dead, seconds=30, what="every random record in dead, as it came")
+
+
+def test_groups_reset_to_the_beginning_repeat_nothing_in_any_role(running: System) -> None:
+    watched = (topics.OUT_OF_STOCK, topics.BROADCAST, topics.DECISIONS, *(requests(lane) for lane in Lane))
+    counts = {topic: running.count(topic) for topic in watched}
+    tables = {topic: running.rows(topic) for topic in ("stock.level.levels", topics.WATCHES, "router.decide.watching")}
+    mails = running.mails()
+    for role in ROLES:
+        running.stop(running.workers[f"{role}-a"])
+    running.delete_groups(ROLES)
+    for role in ROLES:
+        running.start(role)
+    running.await_ready(seconds=120)
+    running.produce(topics.INVENTORY, adjust(running, "after", range(1)))
+    wanted = expected("after", range(1))[Lane.CRITICAL]
+    mailed = {delivery_id(found, Channel.EMAIL) for found in wanted}  # type: ignore[arg-type]  # ids as text
+    wait_for(lambda: mailed <= running.mails().keys(), seconds=60, what="new mails after the reset")
+    assert {found: n for found, n in running.mails().items() if found not in mailed} == mails
+    new = {topics.OUT_OF_STOCK: PRODUCTS, topics.BROADCAST: PRODUCTS * running.partitions, requests(Lane.CRITICAL): len(wanted)}
+    new[topics.DECISIONS] = PRODUCTS + len(wanted)
+    assert {topic: running.count(topic) - counts[topic] for topic in watched} == {topic: new.get(topic, 0) for topic in watched}
+    for topic, before in tables.items():
+        after = running.rows(topic)
+        assert before.keys() <= after.keys()

@@ -394,14 +394,14 @@ class Router:
         if len(watched) >= MAX_WATCHES:
             raise InvalidEventError("audience", f"is one too many: the user watches {MAX_WATCHES} already")
         watch = Watch(user_id=command.user_id, audience=audience, since=at)
-        return [Row(WATCHES, _watch_key(audience, user), self.codec.encode(watch)), _watching(user, {*watched, audience})]
+        return [Row(WATCHES, watch_key(audience, user), self.codec.encode(watch)), _watching(user, {*watched, audience})]
 
     def _unwatch(self, command: Command, state: State) -> list[Row]:
         user, audience = command.user_id.encode(), _audience(command)
         watched = _watched(state, user)
         if audience not in watched:
             return []
-        return [Row(WATCHES, _watch_key(audience, user), None), _watching(user, watched - {audience})]
+        return [Row(WATCHES, watch_key(audience, user), None), _watching(user, watched - {audience})]
 
     def _merged(self, command: Command, state: State, key: bytes, at: datetime) -> UserPreferences:
         stored = self._preferences(state, command.user_id.encode())
@@ -477,7 +477,8 @@ def _audience(command: Command) -> str:
     return audience
 
 
-def _watch_key(audience: str, user: bytes) -> bytes:
+def watch_key(audience: str, user: bytes) -> bytes:
+    """Return the key of a watch in `watches`: the audience first, so that it can be listed."""
     return audience.encode() + b"\0" + user
 
 
@@ -495,7 +496,7 @@ def _forgotten(user: bytes, state: State) -> Iterator[Row]:
     yield Row(KEYS, user, None)
     yield Row(PREFERENCES, user, None)
     for audience in _watched(state, user):
-        yield Row(WATCHES, _watch_key(audience, user), None)
+        yield Row(WATCHES, watch_key(audience, user), None)
     yield Row(WATCHING, user, None)
 
 

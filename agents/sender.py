@@ -1,61 +1,86 @@
 """What follows from an attempt: the ledger's rows and the verdict on each way a call to a provider can end.
 
-The sender records an attempt before it calls (state open) and its end after (waiting or done): design rule 4. What a
-worker finds open when it takes a partition over was cut off: its attempt is unknown, and the channel's policy decides.
+The sender records an attempt before it calls (state open) and its end after: design rule 4. What a worker finds open when
+it takes a partition over was cut off: its attempt is unknown, and the channel's policy decides.
+
+Two things make a delivery wait. What was refused for itself follows its schedule (`agents.retries`), here while the wait
+is short and else through the role delay. What met an outage waits for its provider, and spends nothing of the schedule.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from enum import StrEnum
 
 import orjson
 
+from agents.retries import wait_seconds
 from channels.base import OnUnknown, Receipt
 from schemas.errors import (
     ExpiredError,
     ProviderError,
-    ProviderRefusedError,
     ProviderRejectedError,
     ProviderThrottledError,
     ProviderUnavailableError,
     SendUnknownError,
     UnsealableError,
 )
-from schemas.messages import Delivery
+from schemas.messages import ControlEntry, Delivery
 from schemas.status import SkipReason, Status
 
 _FIRST_BACKOFF_SECONDS = 0.5
 _LAST_BACKOFF_SECONDS = 30.0
+EXHAUSTED = "attempts_exhausted"
+TOO_LATE = "no_time_left"
 
 
 class AttemptState(StrEnum):
     """Where an attempt in the ledger stands."""
 
     OPEN = "open"  # the provider may have been called
-    WAITING = "waiting"  # ended, to be tried again
+    WAITING = "waiting"  # ended; this sender begins the next one
+    DELAYED = "delayed"  # ended; the next one comes back through the role delay
     DONE = "done"  # nothing more happens by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """A delivery's row in the ledger: its last attempt. `number` counts from 1; `at_ms` is the wall clock at its last step."""
+    """A delivery's row in the ledger: its last attempt. `number` counts from 1; 0: ended before the first one began.
+
+    `failures`: attempts that its schedule counts. `at_ms`: the wall clock at its last step. `not_before_ms`: of the next
+    one, while it waits.
+    """
 
     generation: int
     number: int
     state: AttemptState
     failures: int
     at_ms: int
+    not_before_ms: int = 0
 
     def row(self) -> bytes:
         """Return the row as it is stored."""
-        return orjson.dumps([self.generation, self.number, self.state, self.failures, self.at_ms])
+        return orjson.dumps([self.generation, self.number, self.state, self.failures, self.at_ms, self.not_before_ms])
 
     @classmethod
     def of(cls, row: bytes) -> Attempt:
         """Return the attempt in a stored row."""
-        generation, number, state, failures, at_ms = orjson.loads(row)
-        return cls(generation=generation, number=number, state=AttemptState(state), failures=failures, at_ms=at_ms)
+        # rows of before there was a last field have five
+        generation, number, state, failures, at_ms, *rest = orjson.loads(row)
+        return cls(
+            generation=generation,
+            number=number,
+            state=AttemptState(state),
+            failures=failures,
+            at_ms=at_ms,
+            not_before_ms=rest[0] if rest else 0,
+        )
+
+    @property
+    def is_over_here(self) -> bool:
+        """Say whether this sender does nothing more about the delivery unless it is read again."""
+        return self.state in {AttemptState.DONE, AttemptState.DELAYED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,63 +90,112 @@ class Plan:
     number: int | None
     failures: int = 0
     cut_off: int | None = None  # number of the attempt that a crash left open
+    not_before_ms: int = 0
 
 
 def plan(delivery: Delivery, row: bytes | None, on_unknown: OnUnknown) -> Plan:
     """Return how `delivery` goes on, given its row in the ledger. Each attempt number of a generation begins once."""
+    begins = Plan(number=delivery.attempt, not_before_ms=0 if delivery.not_before is None else _milliseconds(delivery.not_before))
     if row is None:
-        return Plan(number=delivery.attempt)
+        return begins
     last = Attempt.of(row)
     if delivery.generation > last.generation:
-        return Plan(number=delivery.attempt)
-    if delivery.generation < last.generation or last.state is AttemptState.DONE:
+        return begins
+    if delivery.generation < last.generation:
         return Plan(number=None)
-    if last.state is AttemptState.OPEN:
-        following = last.number + 1 if on_unknown is OnUnknown.RESEND else None
-        return Plan(number=following, failures=last.failures, cut_off=last.number)
-    return Plan(number=last.number + 1, failures=last.failures)
+    match last.state:
+        case AttemptState.DONE:
+            return Plan(number=None)
+        case AttemptState.DELAYED:
+            # what is sent on is the next attempt; whatever names an earlier one is a copy
+            is_next = delivery.attempt > last.number
+            return Plan(number=delivery.attempt if is_next else None, failures=last.failures, not_before_ms=begins.not_before_ms)
+        case AttemptState.OPEN:
+            following = last.number + 1 if on_unknown is OnUnknown.RESEND else None
+            return Plan(number=following, failures=last.failures, cut_off=last.number)
+        case AttemptState.WAITING:
+            return Plan(number=last.number + 1, failures=last.failures, not_before_ms=last.not_before_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """A delivery that a standing order stopped before its next attempt began."""
+
+    order: ControlEntry
+
+
+End = Receipt | Recalled | BaseException
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What an attempt's end means. `wait_seconds` None: the delivery is done. `holds_channel`: others would fare alike."""
+    """What an attempt's end means.
+
+    `wait_seconds` None: the delivery is done. `holds_channel`: others would fare alike, so the channel waits, and the
+    schedule is not spent. `is_exhausted`: that was the last attempt, and a person may want to see to it.
+    """
 
     status: Status
     reason: str | None = None
     reference: str | None = None
     wait_seconds: float | None = None
     holds_channel: bool = False
+    is_exhausted: bool = False
 
 
-def verdict(end: Receipt | BaseException, *, failures: int, on_unknown: OnUnknown) -> Verdict:
-    """Judge how an attempt ended. `failures`: attempts of this delivery that ended badly before."""
-    pause = backoff_seconds(failures)
+def verdict(end: End, *, delivery: Delivery, failures: int, on_unknown: OnUnknown, now: datetime) -> Verdict:
+    """Judge how an attempt ended at `now`. `failures`: attempts of this delivery that its schedule counted before."""
     match end:
         case Receipt(status=status, reference=reference, code=code):
             return Verdict(status=status, reason=code, reference=reference)
+        case Recalled(order=order):
+            return Verdict(status=Status.CANCELLED, reason=f"{SkipReason.RECALLED}: {order.reason}")
         case ProviderRejectedError(code=code):
             return Verdict(status=Status.FAILED, reason=code or end.reason)
-        case ProviderThrottledError(code=code, retry_after_seconds=seconds):
-            return Verdict(status=Status.RETRYING, reason=code, wait_seconds=seconds or pause, holds_channel=True)
-        case ProviderUnavailableError(code=code):
-            return Verdict(status=Status.RETRYING, reason=code, wait_seconds=pause, holds_channel=True)
-        case ProviderRefusedError(code=code) | ProviderError(code=code):
-            return Verdict(status=Status.RETRYING, reason=code, wait_seconds=pause)
+        case ProviderThrottledError(code=code) | ProviderUnavailableError(code=code):
+            return Verdict(status=Status.RETRYING, reason=code, wait_seconds=end.retry_after_seconds or 0.0, holds_channel=True)
+        case ProviderError(code=code):
+            return _again(Status.RETRYING, code, delivery, failures, now, at_least=end.retry_after_seconds or 0.0)
         case ExpiredError():
             return Verdict(status=Status.EXPIRED)
         case UnsealableError():
             return Verdict(status=Status.SKIPPED, reason=SkipReason.ERASED)
+        case SendUnknownError(code=code) if on_unknown is OnUnknown.RESEND:
+            return _again(Status.UNKNOWN, code, delivery, failures, now)
         case SendUnknownError(code=code):
-            return Verdict(status=Status.UNKNOWN, reason=code, wait_seconds=pause if on_unknown is OnUnknown.RESEND else None)
+            return Verdict(status=Status.UNKNOWN, reason=code)
+        case _ if on_unknown is OnUnknown.RESEND:
+            # a bug: the bytes may have left, and trying again may meet it again
+            return _again(Status.UNKNOWN, "internal", delivery, failures, now, at_least=_LAST_BACKOFF_SECONDS)
         case _:
-            # a bug: the bytes may have left, and trying again may meet it again, so it waits as long as it may
-            return Verdict(
-                status=Status.UNKNOWN,
-                reason="internal",
-                wait_seconds=_LAST_BACKOFF_SECONDS if on_unknown is OnUnknown.RESEND else None,
-            )
+            return Verdict(status=Status.UNKNOWN, reason="internal")
 
 
-def backoff_seconds(failures: int) -> float:
-    """Return how long to wait after `failures` earlier ones: 0.5 s doubled each time, at most 30 s."""
-    return float(min(_LAST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2 ** min(failures, 10)))
+def _again(  # noqa: PLR0913, PLR0917 - everything that the next attempt rests on
+    status: Status, code: str | None, delivery: Delivery, failures: int, now: datetime, at_least: float = 0.0
+) -> Verdict:
+    """Return when the next attempt may begin; without one the delivery has failed, or expires, or stays unknown."""
+    wait = wait_seconds(
+        delivery.delivery_id, category=delivery.category, lane=delivery.lane, generation=delivery.generation, failures=failures
+    )
+    # what may have arrived never counts as failed
+    is_unknown = status is Status.UNKNOWN
+    if wait is None:
+        return Verdict(status=status if is_unknown else Status.FAILED, reason=_because(EXHAUSTED, code), is_exhausted=True)
+    wait = max(wait, at_least)
+    if delivery.expires_at is not None and now + timedelta(seconds=wait) > delivery.expires_at:
+        return Verdict(status=status if is_unknown else Status.EXPIRED, reason=_because(TOO_LATE, code))
+    return Verdict(status=status, reason=code, wait_seconds=wait)
+
+
+def backoff_seconds(outages: int) -> float:
+    """Return how long a provider is left alone after `outages` earlier probes: 0.5 s doubled each time, at most 30 s."""
+    return float(min(_LAST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2 ** min(outages, 10)))
+
+
+def _because(reason: str, code: str | None) -> str:
+    return f"{reason}: {code}" if code else reason
+
+
+def _milliseconds(at: datetime) -> int:
+    return round(at.timestamp() * 1000)

@@ -289,7 +289,7 @@ def laboratory(say: Callable[[str], None]) -> Iterator[Laboratory]:
     with tempfile.TemporaryDirectory(prefix="flowmart-benchmarks-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         starting = start_stack(
-            folder / "stack", ports=Ports.free(), mail=False, warm_up=False, progress=lambda part, text: say(f"{part}: {text}")
+            folder / "stack", ports=Ports.free(), mail=False, postgres=False, warm_up=False, progress=lambda part, text: say(f"{part}: {text}")
         )
         stack = asyncio.run_coroutine_threadsafe(starting, loop).result()
         try:

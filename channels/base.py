@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Receipt:
     """The provider's answer to an attempt that it took over. Holds no personal data: it is stored and logged.
 
-    `reference` is the provider's own id of the delivery, by which its later reports are matched; `code` its own code.
+    `reference` is the provider's own id of the delivery, for the trail; `code` its own code.
     """
 
     provider: str
@@ -45,6 +45,13 @@ class Channel(Protocol):
 
     def record(self, delivery: Delivery) -> Receipt | None:
         """Return the receipt of a channel that calls nobody: the recorded status is all of its effect. None: call `send`."""
+
+    def reference_of(self, delivery: Delivery, receipt: Receipt | None) -> str | None:
+        """Return the name by which the provider's later reports speak of `delivery`; None: none come.
+
+        `receipt` None: the provider was called, and nobody knows whether it took the delivery over. Where reports name an
+        id of ours this returns it even so, and a report settles the attempt; an id that the provider makes is in the receipt.
+        """
 
     async def open(self) -> None:
         """Get ready to send. Calls nobody: a worker starts while its provider is down. Repeating it changes nothing."""

@@ -82,6 +82,11 @@ class _Server:
     password: str = field(default="", repr=False)
 
 
+def message_id(delivery: Delivery, sender: Mailbox) -> str:
+    """Return the Message-ID without its angle brackets: the same at each attempt of a redrive generation."""
+    return f"{delivery.delivery_id}.{delivery.generation}@{sender.domain}"
+
+
 def compose(delivery: Delivery, content: Content, *, sender: Mailbox, recipient: str, at: datetime) -> bytes:
     r"""Return the message as it goes over the wire: ASCII only, lines ended by \r\n, no line above 998 bytes.
 
@@ -95,7 +100,7 @@ def compose(delivery: Delivery, content: Content, *, sender: Mailbox, recipient:
         f"From: {_mailbox_header(sender)}",
         f"To: {_mailbox_header(Mailbox(recipient, content.name))}",
         f"Date: {format_datetime(at)}",
-        f"Message-ID: <{delivery.delivery_id}.{delivery.generation}@{sender.domain}>",
+        f"Message-ID: <{message_id(delivery, sender)}>",
         f"X-Notify-Delivery: {delivery.delivery_id}",
         f"X-Notify-Notification: {delivery.notification_id}",
         "Auto-Submitted: auto-generated",
@@ -190,6 +195,14 @@ class EmailChannel:
 
     def record(self, delivery: Delivery) -> None:
         """Return None: a provider is called."""
+
+    def reference_of(self, delivery: Delivery, receipt: Receipt | None) -> str:  # noqa: ARG002 - the channel contract
+        """Return the Message-ID, known or not whether the message arrived.
+
+        Every report on a delivery returns at least the message's headers (RFC 3464 and 6522), whoever wrote it on the way;
+        what our server called the message, only that server knows.
+        """
+        return message_id(delivery, self._sender)
 
     async def open(self) -> None:
         """Load the trusted authorities, where TLS is wanted. Connects only when there is something to send."""

@@ -32,5 +32,8 @@ class InAppChannel:
         """Return the receipt that, once published, puts the delivery into the inbox."""
         return Receipt(provider=self.provider, reference=delivery.delivery_id, status=Status.DELIVERED)
 
+    def reference_of(self, delivery: Delivery, receipt: Receipt | None) -> None:
+        """Return None: there is nobody who reports."""
+
     async def close(self) -> None:
         """Nothing to leave behind."""

@@ -70,6 +70,10 @@ class RecordingChannel:
     def record(self, delivery: Delivery) -> None:
         """Return None: a provider is called."""
 
+    def reference_of(self, delivery: Delivery, receipt: Receipt | None) -> str | None:  # noqa: ARG002 - the channel contract
+        """Return the receipt's reference, as providers do that make the ids themselves."""
+        return None if receipt is None else receipt.reference
+
     async def open(self) -> None:
         """Take calls from now on."""
         self._is_open = True

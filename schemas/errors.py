@@ -18,6 +18,8 @@
     │   ├── TooLargeError               what it became is larger than Kafka accepts
     │   ├── UnsealableError             sealed bytes that the user's key does not open
     │   ├── ExpiredError                past its latest useful moment
+    │   ├── AttemptsExhaustedError      refused for now as often as its schedule allows
+    │   ├── UnknownReferenceError       a provider's report on something that was never sent from here
     │   ├── TemplateError               a template cannot be rendered with this data
     │   ├── ProviderRejectedError       the provider will never take this delivery
     │   └── SettingsError               the environment does not describe a worker that can run
@@ -81,7 +83,14 @@ class ProviderRejectedError(ProviderError, PermanentError):
 
 
 class DatabaseUnavailableError(RetryableError):
-    """PostgreSQL does not answer, not in time, or refuses for now. Wait and do the same again: nothing was changed."""
+    """PostgreSQL does not answer, not in time, or refuses for now. Wait and do the same again: nothing was changed.
+
+    `state`: its SQLSTATE, empty when it said nothing.
+    """
+
+    def __init__(self, message: str, *, state: str = "") -> None:
+        super().__init__(message)
+        self.state = state
 
 
 class RegistryUnavailableError(RetryableError):
@@ -134,6 +143,14 @@ class UnsealableError(PermanentError):
 
 class ExpiredError(PermanentError):
     """A delivery past its latest useful moment. Nobody is called; the status is expired."""
+
+
+class AttemptsExhaustedError(PermanentError):
+    """A delivery refused for now as often as its schedule allows. Dead-letter it; mend the cause, then redrive."""
+
+
+class UnknownReferenceError(PermanentError):
+    """A provider's report whose reference no send from here ever had. Dead-letter it; look who sends with our account."""
 
 
 class TemplateError(PermanentError):

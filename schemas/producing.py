@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
 
 import fastavro
 
+from schemas import topics
 from schemas.codec import Schema, frame
 from schemas.errors import InvalidEventError
 
@@ -61,6 +62,13 @@ def choose_inventory(adjustment: Mapping[str, object]) -> ForeignSchema:
     if isinstance(adjustment.get("data"), Mapping):
         return ForeignSchema.INVENTORY_ENVELOPED
     return ForeignSchema.INVENTORY_SNAKE if any("_" in name for name in adjustment) else ForeignSchema.INVENTORY_FLAT
+
+
+# a neighbour's topic -> which schema an event of it is written with
+CHOOSE: Mapping[str, Callable[[Mapping[str, object]], ForeignSchema]] = {
+    topics.PAYMENTS: choose,
+    topics.INVENTORY: choose_inventory,
+}
 
 
 def to_record(stem: str, event: Mapping[str, object]) -> dict[str, object]:

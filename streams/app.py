@@ -60,7 +60,7 @@ from schemas.messages import (
 )
 from schemas.sealed import KEY_BYTES, unwrap
 from schemas.topics import Lane as LaneName
-from streams.followers import Follower
+from streams.followers import Follower, OrderFollower
 from streams.health import HealthWatch
 from streams.metrics import Metrics
 from streams.registry import Registry
@@ -74,7 +74,8 @@ from streams.storing import CONNECTIONS, Store, StoringShard
 from streams.topics import Count, TopicSpec, physical
 from streams.topology import Step, all_topics, steps_of
 from streams.transport.admin import committed_offsets, topic_facts
-from streams.transport.cluster import Cluster, leave
+from streams.transport.cluster import leave
+from streams.transport.credentials import credentials
 from streams.transport.faust_parts import BatchSchema, BatchTableManager, NotifyApp, PartitionedTable, check_version
 from streams.transport.reader import Batch
 from streams.transport.records import Record
@@ -126,9 +127,9 @@ class Worker(NotifyApp):
         self.runner: Runner | None = None
         self.watch: HealthWatch | None = None
         self.keys: Follower | None = None
-        self.orders: Follower | None = None
-        self.registry = Registry(settings.registry_url, settings.data_dir / "schemas")
-        self.cluster = Cluster(bootstrap=settings.kafka)
+        self.orders: OrderFollower | None = None
+        self.registry = Registry(settings.registry_url, settings.data_dir / "schemas", settings.registry_security)
+        self.cluster = settings.cluster
         self._closing: list[Callable[[], Awaitable[None]]] = []
         self._publisher: Producer | None = None
         self._codec: Codec | None = None
@@ -191,7 +192,13 @@ class Worker(NotifyApp):
         self.plan.tune(tools)
         make_shard: dict[str, MakeShard] = {}
         if topics.CONTROL in followed:
-            self.orders = Follower(self.cluster, names[topics.CONTROL], group=f"{self.conf.id}.control")
+            self.orders = OrderFollower(
+                self.cluster,
+                names[topics.CONTROL],
+                group=f"{self.conf.id}.control",
+                decode=self._own(ControlEntry, _nothing).decode,
+                learn=self._learn,
+            )
         if topics.KEYS in followed:
             self.keys = Follower(self.cluster, names[topics.KEYS], group=f"{self.conf.id}.keys")
         if self.role.lane is not None and self.plan.inputs is None:
@@ -226,14 +233,11 @@ class Worker(NotifyApp):
     async def _follow_orders(self, _partitions: set[int]) -> None:
         """Read the control topic, whose one partition is everybody's, to its end."""
         assert self.orders is not None
-        await self.orders.follow({0})
+        await self.orders.follow_all()
 
-    def _order(self, scope: str) -> ControlEntry | None:
-        """Return the order in force for a scope, as far as the control topic was read."""
+    def _control(self) -> Control:
         assert self.orders is not None
-        assert self._codec is not None
-        row = self.orders.get(0, scope.encode())
-        return None if row is None else self._codec.decode(row, ControlEntry)
+        return Control(self.orders.entry, seal_key=self.settings.seal_key)
 
     async def _sending(self, tools: Tools) -> MakeShard:
         settings = self.settings
@@ -248,6 +252,14 @@ class Worker(NotifyApp):
             ledger_seconds=settings.dedupe_seconds,
         )
         return partial(SendingShard, providers=providers)
+
+    def open_history(self) -> History | None:
+        """Return what reads PostgreSQL for the web, not connected yet; None without a database."""
+        if not self.settings.postgres_url:
+            return None
+        history = History(self.settings.postgres_url, application=self.conf.id)
+        self._closing.append(history.close)
+        return history
 
     def _storing(self, tools: Tools) -> MakeShard:
         database = Database(self.settings.postgres_url, application=self.conf.id, connections=CONNECTIONS)
@@ -284,7 +296,7 @@ class Worker(NotifyApp):
                     new_key=partial(token_bytes, KEY_BYTES),
                     partitions=self.settings.partitions,
                     dedupe_seconds=self.settings.dedupe_seconds,
-                    control=Control(self._order, seal_key=self.settings.seal_key),
+                    control=self._control(),
                 )
                 requests = {topics.requests(lane): self._own(NotificationRequested, router.decide_request) for lane in LaneName}
                 return {
@@ -334,9 +346,12 @@ class Worker(NotifyApp):
             original = _original(source)
             return triggers.ingest(original.topic, found.record, original, found.raw)
 
+        def action(found: UserAction, source: Source, state: State) -> Effects:
+            return triggers.ingest_action(found, _first(source), state)
+
         match step.name:
             case "actions":
-                return {topics.USER_ACTIONS: self._own(UserAction, triggers.ingest_action)}
+                return {topics.USER_ACTIONS: self._own(UserAction, action)}
             case "parked":
                 return {topics.PARKED: Input(decode=decode, decide=unparked, learn=self._learn)}
             case _:
@@ -458,6 +473,16 @@ def _or_tombstone(decode: Callable[[Record], Any]) -> Callable[[Record], Any]:
     return lambda message: None if message.value() is None else decode(message)
 
 
+def _first(source: Source) -> Source:
+    """Return where a record was read first when it was redriven, else where it is read: old news stays old."""
+    if dict(source.headers).get("topic") != source.topic.encode():
+        return source
+    try:
+        return _original(source)
+    except UndecodableError:
+        return source
+
+
 def _original(source: Source) -> KnownSource:
     """Return where a parked record was read first."""
     headers = dict(source.headers)
@@ -483,6 +508,7 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
         settings.role,
         plan or Plan(steps=steps_of(settings.role), topics=all_topics()),
         broker=";".join(f"kafka://{server}" for server in settings.kafka.split(",")),
+        broker_credentials=credentials(settings.kafka_security),
         autodiscover=False,
         TableManager=BatchTableManager,
         datadir=settings.data_dir / "faust" / f"{settings.role}-{settings.web_port}",
@@ -521,6 +547,7 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
             publish=app.publish,
             token_key=settings.token_key,
             now=lambda: datetime.now(UTC),
+            history=app.open_history(),
         )
         install(app, context)
         install_requests(app, Asking(templates=Templates(), rates=Rates(per_second=settings.posts_per_second)))

@@ -1,19 +1,25 @@
-"""The users' keys, as a worker that does not own their table sees them: the compacted topic, followed to its end."""
+"""Compacted topics of which a worker owns nothing, followed to their end and on: the users' keys, and the standing orders."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
+from schemas.errors import NotifyError, RegistryUnavailableError
+from schemas.messages import ControlEntry
 from streams.transport.admin import offset_bounds
 from streams.transport.changelog import apply_record
 from streams.transport.cluster import Cluster, leave
-from streams.transport.records import fetch
+from streams.transport.records import Record, fetch
+
+log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
+_ASK_AGAIN_SECONDS = 1.0
 _CHUNK_RECORDS = 10_000
 CATCH_UP_SECONDS = 30.0
 
@@ -33,6 +39,9 @@ class Follower:
 
     async def follow(self, partitions: set[int]) -> None:
         """Follow exactly these partitions; return when each was read to the end that it has now."""
+        if partitions == self._rows.keys() and not self._stopping.is_set():
+            await asyncio.gather(*(self.catch_up(partition) for partition in partitions))
+            return
         self._stopping.set()
         self._stopping = threading.Event()
         self._loop = asyncio.get_running_loop()
@@ -84,9 +93,8 @@ class Follower:
             consumer.assign([TopicPartition(self._topic, partition, firsts[(self._topic, partition)][0]) for partition in rows])
             while not stopping.is_set():
                 found = fetch(consumer, wait_seconds=_POLL_SECONDS, most=_CHUNK_RECORDS)
-                for record in found.records:
-                    apply_record(rows[record.partition()], record)
-                    positions[record.partition()] = record.offset() + 1
+                self._apply(rows, found.records, stopping)
+                positions.update({record.partition(): record.offset() + 1 for record in found.records})
                 positions.update({partition: end for (_, partition), end in found.ends.items()})
                 if found.records or found.ends:
                     self._notify()
@@ -96,8 +104,89 @@ class Follower:
         finally:
             consumer.close()
 
+    def _apply(self, rows: Mapping[int, dict[bytes, bytes]], records: Sequence[Record], stopping: threading.Event) -> None:
+        """Take records over. Called in the thread; what it returned from counts as read."""
+        del stopping
+        for record in records:
+            apply_record(rows[record.partition()], record)
+
     def _notify(self) -> None:
         loop, moved = self._loop, self._moved
         if loop is not None and moved is not None and not loop.is_closed():
             wake: Callable[[], None] = moved.set
             loop.call_soon_threadsafe(wake)
+
+
+class OrderFollower(Follower):
+    """Follows the topic `control`, whose one partition is everybody's, and keeps its orders decoded.
+
+    `decode` and `learn` as of a runner's input. An order whose schema the registry cannot be asked for holds up what is
+    behind it, since it may block an address: a worker that starts is not ready until it was understood. One that is no
+    order at all is left out, and said.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        topic: str,
+        *,
+        group: str,
+        decode: Callable[[Record], ControlEntry],
+        learn: Callable[[Iterable[Record]], Awaitable[None]],
+    ) -> None:
+        super().__init__(cluster, topic, group=group)
+        self._decode = decode
+        self._learn = learn
+        self._entries: dict[str, ControlEntry] = {}
+        self.version = 0  # grows with every change
+        self.changed: list[Callable[[], None]] = []  # called on the event loop
+
+    def entry(self, scope: str) -> ControlEntry | None:
+        """Return the order in force for a scope, as far as the topic was read."""
+        return self._entries.get(scope)
+
+    async def follow_all(self) -> None:
+        """Follow the whole topic; return when it was read to the end that it has now."""
+        await self.follow({0})
+
+    def _apply(self, rows: Mapping[int, dict[bytes, bytes]], records: Sequence[Record], stopping: threading.Event) -> None:
+        del rows
+        for record in records:
+            scope = (record.key() or b"").decode(errors="replace")
+            if record.value() is None:
+                self._entries.pop(scope, None)
+                continue
+            try:
+                entry = self._understand(record, stopping)
+            except NotifyError as error:
+                log.error("order.unreadable offset=%d error=%s", record.offset(), error.reason)  # noqa: TRY400 - ours: it says all
+                continue
+            if entry is not None:
+                self._entries[scope] = entry
+        if records:
+            self.version += 1
+
+    def _understand(self, record: Record, stopping: threading.Event) -> ControlEntry | None:
+        """Return the order in a record, None when following ends. Raises NotifyError for what is no order."""
+        assert self._loop is not None
+        was_asked = False
+        while not stopping.is_set():
+            try:
+                return self._decode(record)
+            except RegistryUnavailableError as error:
+                if was_asked:
+                    log.warning("order.waiting offset=%d error=%s", record.offset(), error)
+                    stopping.wait(_ASK_AGAIN_SECONDS)
+                was_asked = True
+                asyncio.run_coroutine_threadsafe(_awaited(self._learn([record])), self._loop).result()
+        return None
+
+    def _notify(self) -> None:
+        super()._notify()
+        if self._loop is not None and not self._loop.is_closed():
+            for told in self.changed:
+                self._loop.call_soon_threadsafe(told)
+
+
+async def _awaited(work: Awaitable[None]) -> None:
+    await work

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 
 from confluent_kafka import KafkaException
 
@@ -70,6 +71,12 @@ class HealthWatch:
         shards = list(runner.shards.values())
         if shards:
             tools.metrics.commit_age.set(now - max(shard.committed_at for shard in shards))
+        rows: Counter[str] = Counter()
+        for shard in shards:
+            rows.update({f"{shard.step.name}.{table}": len(held) for table, held in shard.tables.items()})
+        tools.metrics.table_rows.clear()
+        for table, count in rows.items():
+            tools.metrics.table_rows.labels(table).set(count)
         self._look_at_waiting()
 
     def _look_at_halted(self) -> None:

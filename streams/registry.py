@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import ssl
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,19 +17,45 @@ import fastavro
 
 from schemas.codec import Codec, Schema, schema_text
 from schemas.errors import RegistryUnavailableError, SettingsError, UndecodableError, UnknownSchemaError
+from streams.security import RegistrySecurity
 from streams.topics import TopicSpec, physical
 
 TIMEOUT_SECONDS = 5.0
 # after a failed call the registry is not asked again for so long: one outage must not cost a time-out a batch
 PAUSE_AFTER_FAILURE_SECONDS = 1.0
 NOT_FOUND_REMEMBERED_SECONDS = 30.0
+NO_SECURITY = RegistrySecurity()
+
+
+def connection_options(security: RegistrySecurity) -> dict[str, Any]:
+    """Return how an aiohttp session proves who we are and whom it trusts. Called in the loop that the session runs in."""
+    auth = None if security.user is None else aiohttp.BasicAuth(security.user, security.password or "")
+    return {"auth": auth, "connector": aiohttp.TCPConnector(ssl=security.tls.context())}
+
+
+def refusal(problem: Exception | int, security: RegistrySecurity) -> str:
+    """Return why the registry was of no use, with what to look at: an error of the connection, or a status."""
+    who = "no name" if security.user is None else f"the name {security.user!r}"
+    match problem:
+        case 401:
+            return f"the schema registry does not accept {who} (401): look at NOTIFY_REGISTRY_USER and NOTIFY_REGISTRY_PASSWORD"
+        case 403:
+            return f"the schema registry does not allow this to {who} (403): it needs to read and register schemas"
+        case aiohttp.ClientConnectorCertificateError():
+            reason = getattr(problem.certificate_error, "verify_message", "") or "its certificate is not trusted"
+            where = "NOTIFY_REGISTRY_CA_FILE and the name in NOTIFY_REGISTRY_URL"
+            return f"the schema registry's certificate is refused ({reason}): look at {where}"
+        case aiohttp.ClientSSLError() | ssl.SSLError():
+            return "TLS with the schema registry failed: does NOTIFY_REGISTRY_URL name a port with TLS, and does it ask for a certificate?"
+    return f"the schema registry does not answer: {type(problem).__name__}"
 
 
 class Registry:
     """Looks schemas up by id and registers ours. One per worker; `schemas` is shared with the codec."""
 
-    def __init__(self, url: str, cache_dir: Path) -> None:
+    def __init__(self, url: str, cache_dir: Path, security: RegistrySecurity = NO_SECURITY) -> None:
         self.url = url.rstrip("/")
+        self._security = security
         self.schemas: dict[int, Schema] = {}
         self._cache = cache_dir
         self._session: aiohttp.ClientSession | None = None
@@ -109,14 +136,16 @@ class Registry:
             raise RegistryUnavailableError("the schema registry did not answer a moment ago")
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
-            self._session = aiohttp.ClientSession(timeout=timeout)
+            self._session = aiohttp.ClientSession(timeout=timeout, **connection_options(self._security))
         try:
             async with self._session.request(method, self.url + path, json=body) as answer:
                 status = answer.status
                 content = await answer.json(content_type=None)
         except (TimeoutError, aiohttp.ClientError, ValueError) as error:
             self._paused_until = time.monotonic() + PAUSE_AFTER_FAILURE_SECONDS
-            raise RegistryUnavailableError(f"the schema registry does not answer: {type(error).__name__}") from error
+            raise RegistryUnavailableError(refusal(error, self._security)) from error
+        if status in {401, 403}:
+            raise RegistryUnavailableError(refusal(status, self._security))
         return status, content if isinstance(content, dict) else {}
 
     def _load_cache(self) -> None:

@@ -512,7 +512,8 @@ class DecidingShard(Shard):
         while True:
             decided, is_waiting = self._decide(lane, islice(queue, count, lane.most))
             count += decided
-            if lane.urgency or is_waiting or count >= min(lane.most, len(queue)):
+            # nothing decided: what is next is not due yet
+            if not decided or lane.urgency or is_waiting or count >= min(lane.most, len(queue)):
                 return count, is_waiting
             await self.tools.turns.take(lane.urgency)
             if lane.queue is not queue:

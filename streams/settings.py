@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
@@ -18,9 +19,12 @@ from urllib.parse import SplitResult, urlsplit
 from schemas.errors import SettingsError
 from schemas.topics import Lane, Tier
 from streams.roles import Role
+from streams.security import KafkaSecurity, Mechanism, Protocol, RegistrySecurity, Tls
 from streams.topics import Count
+from streams.transport.cluster import Cluster
 
 T = TypeVar("T")
+E = TypeVar("E", bound=StrEnum)
 MINIMUM_TOKEN_KEY_BYTES = 32
 DEFAULT_TIERS_SECONDS = (5, 60, 600)
 
@@ -32,7 +36,9 @@ class Settings:
     env: str
     role: Role | None
     kafka: str
+    kafka_security: KafkaSecurity
     registry_url: str
+    registry_security: RegistrySecurity
     seal_key: bytes = field(repr=False)
     token_key: bytes = field(repr=False)
     smtp_url: str = field(repr=False)  # may carry a password
@@ -66,11 +72,16 @@ class Settings:
             Count.ONE: 1,
         }
 
+    @property
+    def cluster(self) -> Cluster:
+        """How every client of this worker or command reaches Kafka. Raises SettingsError when what MSK needs is not installed."""
+        return Cluster(bootstrap=self.kafka, extra=self.kafka_security.librdkafka())
+
     @classmethod
     def from_env(cls, env: Mapping[str, str], *, needs: frozenset[str] = frozenset()) -> Settings:
-        """Return the settings in `env`. `needs` names the variables that must be there (`WORKER_NEEDS`).
+        """Return the settings in `env`. `needs` names the variables that must be there (`WORKER_NEEDS`). Reads the files of TLS.
 
-        Raises SettingsError with one sentence for each variable that is missing or malformed.
+        Raises SettingsError with one sentence for each variable that is missing or malformed, or contradicts another.
         """
         problems: list[str] = []
 
@@ -83,9 +94,18 @@ class Settings:
             try:
                 return parse(text)
             except ValueError as error:
-                shown = "its value" if name in SECRETS else repr(text)
+                # a password in a URL has its own variables, and is not shown where it does not belong
+                shown = "its value" if name in SECRETS or ("@" in text and "://" in text) else repr(text)
                 problems.append(f"{name}: {shown} {error}: {VARIABLES[name]}")
                 return default
+
+        def tls(prefix: str) -> Tls:
+            return Tls(
+                ca_file=read(f"{prefix}CA_FILE", _path, None),
+                certificate_file=read(f"{prefix}CERTIFICATE_FILE", _path, None),
+                key_file=read(f"{prefix}KEY_FILE", _path, None),
+                key_password=read(f"{prefix}KEY_PASSWORD", str, None),
+            )
 
         role = read("NOTIFY_ROLE", _role, None)
         if role is not None and role.lane is not None:
@@ -96,7 +116,20 @@ class Settings:
             env=read("NOTIFY_ENV", _word, "dev"),
             role=role,
             kafka=read("NOTIFY_KAFKA_BOOTSTRAP", _servers, ""),
-            registry_url=read("NOTIFY_REGISTRY_URL", _http_url, ""),
+            kafka_security=KafkaSecurity(
+                protocol=read("NOTIFY_KAFKA_SECURITY_PROTOCOL", _one_of(Protocol), Protocol.PLAINTEXT),
+                mechanism=read("NOTIFY_KAFKA_SASL_MECHANISM", _one_of(Mechanism), None),
+                user=read("NOTIFY_KAFKA_USER", str, None),
+                password=read("NOTIFY_KAFKA_PASSWORD", str, None),
+                region=read("NOTIFY_KAFKA_REGION", _word, None),
+                tls=tls("NOTIFY_KAFKA_"),
+            ),
+            registry_url=read("NOTIFY_REGISTRY_URL", _registry_url, ""),
+            registry_security=RegistrySecurity(
+                user=read("NOTIFY_REGISTRY_USER", str, None),
+                password=read("NOTIFY_REGISTRY_PASSWORD", str, None),
+                tls=tls("NOTIFY_REGISTRY_"),
+            ),
             seal_key=read("NOTIFY_SEAL_KEY", _key_of_32_bytes, b""),
             token_key=read("NOTIFY_TOKEN_KEY", _token_key, b""),
             smtp_url=read("NOTIFY_SMTP_URL", _smtp_url, ""),
@@ -110,7 +143,7 @@ class Settings:
             inventory_partitions=read("NOTIFY_INVENTORY_PARTITIONS", _between(1, 10_000), 4),
             replication=read("NOTIFY_REPLICATION", _between(1, 9), 1),
             worker_name=read("NOTIFY_WORKER_NAME", _word, None),
-            dedupe_seconds=86_400 * read("NOTIFY_DEDUPE_DAYS", _between(1, 365), 7),
+            dedupe_seconds=read("NOTIFY_DEDUPE_DAYS", _days, 7 * 86_400),
             session_timeout_seconds=read("NOTIFY_SESSION_TIMEOUT_SECONDS", _between(6, 300), 10),
             max_open_attempts=read("NOTIFY_MAX_OPEN_ATTEMPTS", _between(1, 1_000), 32),
             low_stock_threshold=read("NOTIFY_LOW_STOCK_THRESHOLD", _between(0, 1_000_000), 10),
@@ -120,6 +153,12 @@ class Settings:
             store_months=read("NOTIFY_STORE_MONTHS", _between(1, 1_200), 13),
             posts_per_second=read("NOTIFY_POSTS_PER_SECOND", _between(1, 1_000_000), 50),
         )
+        # only where each value could be read: else the same mistake would be told twice
+        named = {problem.partition(" ")[0].rstrip(":") for problem in problems}
+        if not any(name.startswith("NOTIFY_KAFKA_") for name in named - {"NOTIFY_KAFKA_BOOTSTRAP"}):
+            problems += settings.kafka_security.problems()
+        if not any(name.startswith("NOTIFY_REGISTRY_") for name in named):
+            problems += settings.registry_security.problems(settings.registry_url)
         unknown = sorted(name for name in env if name.startswith("NOTIFY_") and name not in VARIABLES)
         problems += [f"{name} is not a setting; the settings are in docs/settings.md" for name in unknown]
         if problems:
@@ -131,7 +170,22 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_ENV": "the environment in topic names, letters, digits and hyphens; default dev",
     "NOTIFY_ROLE": f"the role of this worker: {', '.join(Role)}",
     "NOTIFY_KAFKA_BOOTSTRAP": "Kafka's bootstrap servers, such as kafka-1:9092,kafka-2:9092",
+    "NOTIFY_KAFKA_SECURITY_PROTOCOL": f"how connections to Kafka are protected: {', '.join(Protocol)}; default PLAINTEXT",
+    "NOTIFY_KAFKA_SASL_MECHANISM": f"how clients name themselves to Kafka: {', '.join(Mechanism)}; for the protocols with SASL",
+    "NOTIFY_KAFKA_USER": "the name, for PLAIN and SCRAM",
+    "NOTIFY_KAFKA_PASSWORD": "its password; secret",
+    "NOTIFY_KAFKA_REGION": "the region of an Amazon MSK cluster, such as eu-west-1; for AWS_MSK_IAM",
+    "NOTIFY_KAFKA_CA_FILE": "the authorities that may sign the brokers' certificates, in PEM; default: the machine's own",
+    "NOTIFY_KAFKA_CERTIFICATE_FILE": "the certificate that is shown to the brokers (mutual TLS), in PEM",
+    "NOTIFY_KAFKA_KEY_FILE": "its private key, in PEM",
+    "NOTIFY_KAFKA_KEY_PASSWORD": "what opens the private key; secret",
     "NOTIFY_REGISTRY_URL": "the schema registry, such as http://registry:8081",
+    "NOTIFY_REGISTRY_USER": "the name for the registry's basic authentication; default: none",
+    "NOTIFY_REGISTRY_PASSWORD": "its password; secret",
+    "NOTIFY_REGISTRY_CA_FILE": "the authorities that may sign the registry's certificate, in PEM; default: the machine's own",
+    "NOTIFY_REGISTRY_CERTIFICATE_FILE": "the certificate that is shown to the registry (mutual TLS), in PEM",
+    "NOTIFY_REGISTRY_KEY_FILE": "its private key, in PEM",
+    "NOTIFY_REGISTRY_KEY_PASSWORD": "what opens the private key; secret",
     "NOTIFY_SEAL_KEY": "32 bytes in base64 that wrap the users' keys; secret, the same for all workers",
     "NOTIFY_TOKEN_KEY": "at least 32 bytes in base64 that sign the web's bearer tokens; secret",
     "NOTIFY_SMTP_URL": "the mail server: smtp://, smtp+starttls:// or smtps://[user:password@]host:port; secret; senders need it",
@@ -145,7 +199,7 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_INVENTORY_PARTITIONS": "partitions of the inventory topic, and of what is keyed by product; default 4",
     "NOTIFY_REPLICATION": "replicas of the topics that `notify topics ensure` makes; default 1, in production 3",
     "NOTIFY_WORKER_NAME": "a stable, unique name of this worker (static group membership); default: none",
-    "NOTIFY_DEDUPE_DAYS": "how long an event sent again is known, in days; default 7",
+    "NOTIFY_DEDUPE_DAYS": "how long an event sent again is known, in days such as 7 or 0.5; default 7",
     "NOTIFY_SESSION_TIMEOUT_SECONDS": "silence after which a worker's partitions go to others; default 10, at least 6",
     "NOTIFY_MAX_OPEN_ATTEMPTS": "calls to one provider that a worker has open at once: the bound on duplicates of a crash; default 32",
     "NOTIFY_LOW_STOCK_THRESHOLD": "at or below how many a product's stock is low, where `products` does not say; default 10",
@@ -156,7 +210,18 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_POSTS_PER_SECOND": "POST /notifications that a token may make in a second; default 50",
     "NOTIFY_CACHE_DIR": "where `notify up` keeps downloads; default ~/.cache/flowmart-notify",
 }
-SECRETS = frozenset({"NOTIFY_SEAL_KEY", "NOTIFY_TOKEN_KEY", "NOTIFY_SMTP_URL", "NOTIFY_POSTGRES_URL"})
+SECRETS = frozenset(
+    {
+        "NOTIFY_SEAL_KEY",
+        "NOTIFY_TOKEN_KEY",
+        "NOTIFY_SMTP_URL",
+        "NOTIFY_POSTGRES_URL",
+        "NOTIFY_KAFKA_PASSWORD",
+        "NOTIFY_KAFKA_KEY_PASSWORD",
+        "NOTIFY_REGISTRY_PASSWORD",
+        "NOTIFY_REGISTRY_KEY_PASSWORD",
+    }
+)
 CLIENT_NEEDS = frozenset({"NOTIFY_KAFKA_BOOTSTRAP", "NOTIFY_REGISTRY_URL", "NOTIFY_SEAL_KEY", "NOTIFY_TOKEN_KEY"})
 WORKER_NEEDS = CLIENT_NEEDS | {"NOTIFY_ROLE"}
 
@@ -197,6 +262,23 @@ def _http_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def _registry_url(text: str) -> str:
+    url = _http_url(text)
+    if _split(text).username is not None:
+        raise ValueError("has a name or password in it, which belong into NOTIFY_REGISTRY_USER and NOTIFY_REGISTRY_PASSWORD")
+    return url
+
+
+def _one_of(kind: type[E]) -> Callable[[str], E]:
+    def parse(text: str) -> E:
+        try:
+            return kind(text.upper())
+        except ValueError:
+            raise ValueError(f"is not one of {', '.join(kind)}") from None
+
+    return parse
+
+
 def _smtp_url(text: str) -> str:
     parts = _split(text)
     if parts.scheme not in {"smtp", "smtps", "smtp+starttls"} or not parts.hostname:
@@ -223,6 +305,17 @@ def _tiers(text: str) -> dict[Lane, tuple[int, ...]]:
             raise ValueError(f"has {lane.strip()!r}, which is not a lane")
         found |= {Lane(lane.strip()): seconds} if equals else dict.fromkeys(Lane, seconds)
     return found
+
+
+def _days(text: str) -> int:
+    """Parse a number of days, from a minute to a year, into seconds."""
+    try:
+        seconds = round(86_400 * float(text))
+    except (ValueError, OverflowError):
+        raise ValueError("is not a number of days") from None
+    if not 60 <= seconds <= 365 * 86_400:
+        raise ValueError("is not from 0.001 to 365 days")
+    return seconds
 
 
 def _mailbox(text: str) -> str:

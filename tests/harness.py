@@ -26,7 +26,8 @@ from confluent_kafka.admin import AdminClient
 from fastavro import parse_schema
 
 from schemas.codec import frame, unpack
-from schemas.producing import choose, to_record
+from schemas.producing import choose, choose_inventory, to_record
+from streams.cli.produce import event_key
 from streams.embedded.processes import choose_port
 from streams.embedded.stack import Stack
 from streams.provisioning import apply, plan, targets
@@ -140,11 +141,21 @@ class System:
     def topic(self, name: str) -> str:
         return physical(self.name, name)
 
+    # ---- the database
+
+    def use_database(self) -> str:
+        """Give this environment a database of its own; return its URL. Workers that start from now on know it."""
+        assert self.stack.postgres_process is not None
+        url = self.variables["NOTIFY_POSTGRES_URL"] = self.stack.postgres_process.make_database(self.name)
+        return url
+
     # ---- workers
 
     def start(self, role: str, *, name: str = "a", module: str = "", is_static: bool = True, **env: str) -> WorkerProcess:
         """Start a worker of `role`; `module`: a test's own app instead of the product's."""
         port = choose_port(taken=[worker.port for worker in self.workers.values()])
+        if role == "store":
+            self.use_database()
         variables = {
             **{k: v for k, v in os.environ.items() if not k.startswith("NOTIFY_")},
             **self.variables,
@@ -170,13 +181,16 @@ class System:
         for worker in workers or self.workers.values():
             wait_for(worker.is_ready, seconds=seconds, what=f"{worker.name} ready\n{worker.log_text()[-3000:]}")
 
-    def stop(self, worker: WorkerProcess, *, seconds: float = 40) -> None:
-        """Stop a worker in good order and do not start it again."""
-        worker.is_wanted = False
-        assert worker.process is not None
-        worker.process.terminate()
-        worker.process.wait(seconds)
-        self.workers = {name: each for name, each in self.workers.items() if each is not worker}
+    def stop(self, *workers: WorkerProcess, seconds: float = 40) -> None:
+        """Stop workers in good order, all at once, and do not start them again."""
+        for worker in workers:
+            worker.is_wanted = False
+            assert worker.process is not None
+            worker.process.terminate()
+        for worker in workers:
+            assert worker.process is not None
+            worker.process.wait(seconds)
+        self.workers = {name: each for name, each in self.workers.items() if each not in workers}
 
     def close(self) -> None:
         self._supervising = False
@@ -312,6 +326,20 @@ class System:
             found.append((key or None, frame(schema_id, schema, to_record(stem, payment))))
         return found
 
+    def frame_adjustments(self, adjustments: Iterable[Mapping[str, object]]) -> list[tuple[bytes | None, bytes]]:
+        """Return adjustments of stock, of any shape, as their service publishes them."""
+        found: list[tuple[bytes | None, bytes]] = []
+        for adjustment in adjustments:
+            shape = choose_inventory(adjustment)
+            if shape not in self._foreign:
+                self._foreign[shape] = (
+                    self.register(f"{self.topic('inventory')}-{shape}", shape.text),
+                    parse_schema(json.loads(shape.text)),
+                )
+            schema_id, schema = self._foreign[shape]
+            found.append((event_key("inventory", adjustment).encode(), frame(schema_id, schema, to_record(shape, adjustment))))
+        return found
+
     def register(self, subject: str, text: str) -> int:
         """Register a schema and return its id."""
         body = json.dumps({"schema": text, "schemaType": "AVRO"}).encode()
@@ -338,6 +366,28 @@ class System:
             return error.code, json.loads(error.read() or b"null")
         except OSError:
             return 0, None
+
+    def ask(  # noqa: PLR0913 - one parameter a part of the request
+        self,
+        path: str,
+        body: object = None,
+        *,
+        user: str | None = None,
+        service: str | None = None,
+        method: str = "POST",
+        headers: Mapping[str, str] | None = None,
+        worker: str = "views-a",
+    ) -> tuple[int, Mapping[str, str], Any]:
+        """Send JSON (bytes as they are) to a worker of role views; return status, headers and JSON of the answer. `user` None: as a service."""
+        content = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+        token = issue(self.settings.token_key, user_id=user, service=service)
+        sent = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", **(headers or {})}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.workers[worker].port}{path}", content, sent, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return answer.status, dict(answer.headers), json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            return error.code, dict(error.headers), json.loads(error.read() or b"null")
 
     # ---- mail
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from streams.cli import console, dead, doctor, inbox, preferences, produce, provision, send, token, trail, up, why
+from streams.cli import console, dead, doctor, inbox, preferences, produce, provision, rebuild, send, store, token, trail, up, watch, why
 from streams.cli.errors import explain
 
 DISTRIBUTION = "flowmart-notifications"
@@ -54,6 +54,7 @@ app = typer.Typer(
 for _name, _function, _epilog, _panel in (
     ("produce", produce.produce, produce.EPILOG, _TELL),
     ("send", send.send, send.EPILOG, _TELL),
+    ("watch", watch.watch, watch.EPILOG, _TELL),
     ("trail", trail.trail, trail.EPILOG, _ASK),
     ("why", why.why, why.EPILOG, _ASK),
     ("user", inbox.user, inbox.EPILOG, _ASK),
@@ -65,6 +66,8 @@ for _name, _function, _epilog, _panel in (
 app.add_typer(preferences.app, name="prefs", rich_help_panel=_TELL)
 app.add_typer(provision.app, name="topics", rich_help_panel=_RUN)
 app.add_typer(dead.app, name="dlq", rich_help_panel=_ASK)
+app.add_typer(store.app, name="store", rich_help_panel=_RUN)
+app.add_typer(rebuild.app, name="rebuild", rich_help_panel=_RUN)
 
 
 @app.callback()

@@ -89,7 +89,7 @@ def doctor(*, as_json: console.JsonOption = False) -> None:
 def examine(settings: Settings, web_url: str) -> Iterator[Check]:
     """Yield one check after the other; none of them changes anything."""
     yield Check(part="settings", state=State.PASSED, found=f"environment {settings.env}, {settings.partitions} partitions by user")
-    admin = kafka.admin(settings.kafka)
+    admin = kafka.admin(settings.cluster)
     try:
         metadata = admin.list_topics(timeout=TIMEOUT_SECONDS)
     except KafkaException as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from confluent_kafka import KafkaError, KafkaException
 
-from schemas.errors import NotifyError, RegistryUnavailableError, SettingsError
+from schemas.errors import DatabaseUnavailableError, NotifyError, RegistryUnavailableError, SettingsError
 
 EXIT_FAILURE = 1
 EXIT_SETTINGS = 2
@@ -41,6 +41,8 @@ def explain(error: Exception) -> tuple[list[str], int] | None:
             return list(error.problems), EXIT_SETTINGS
         case RegistryUnavailableError():
             return [f"{_sentence(error)} Is it running, and is NOTIFY_REGISTRY_URL right? `notify doctor` checks."], EXIT_FAILURE
+        case DatabaseUnavailableError():
+            return [f"PostgreSQL does not do it now: {error}. Is it running, and is NOTIFY_POSTGRES_URL right?"], EXIT_FAILURE
         case NotifyError():
             return [_sentence(error)], EXIT_FAILURE
         case KafkaException():

@@ -1,9 +1,10 @@
-"""`notify user`: what a user finds in the inbox."""
+"""`notify user`: what a user finds in the inbox, and how he is forgotten."""
 
 from __future__ import annotations
 
 import os
 from datetime import datetime
+from enum import StrEnum
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -15,20 +16,37 @@ from rich.text import Text
 from schemas.status import Engagement
 from streams.cli import console, web
 from streams.cli.context import load_settings
+from streams.cli.forget import forget
 
 MAX_LIMIT = 200
 SHOWN_CHARACTERS = 160
-EPILOG = console.examples("notify user cust_10482", "notify user cust_10482 --unread --limit 5", "notify user cust_10482 --json")
+EPILOG = console.examples(
+    "notify user cust_10482", "notify user cust_10482 --unread --limit 5", "notify user cust_10482 --json", "notify user cust_10482 forget"
+)
 
 
-def user(
+class Action(StrEnum):
+    """What is to be done about the user."""
+
+    FORGET = "forget"
+
+
+def user(  # noqa: PLR0913 - one parameter an option
     user_id: Annotated[str, typer.Argument(metavar="ID", help="The user id.")],
+    action: Annotated[
+        Action | None,
+        typer.Argument(metavar="[forget]", help="Destroy his key and delete his rows: what was sealed for him is erased everywhere."),
+    ] = None,
     *,
     unread: Annotated[bool, typer.Option("--unread", help="Only what has not been read.")] = False,
     limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="At most so many, newest first.")] = 20,
+    yes: Annotated[bool, typer.Option("--yes", help="With forget: do not ask whether it is meant.")] = False,
     as_json: console.JsonOption = False,
 ) -> None:
-    """Show a user's inbox, newest first. With --json the answer of the web as it is."""
+    """Show a user's inbox, newest first; with [cyan]forget[/cyan] erase him instead. With --json the answer of the web as it is."""
+    if action is Action.FORGET:
+        forget(user_id, is_meant=yes, as_json=as_json)
+        return
     settings, web_url = load_settings(os.environ, needs=web.NEEDS)
     path = f"/users/{quote(user_id, safe='')}/notifications?limit={limit}&status={'unread' if unread else 'all'}"
     document = web.get(web_url, settings.token_key, path, missing="The web has no such page. Is it the web of a views worker?")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Self
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from streams.cli.errors import CliError, explain_kafka
 from streams.topics import DEAD_MAX_BYTES
+from streams.transport.cluster import Cluster
 
 ANSWER_SECONDS = 5.0
 SILENCE_SECONDS = 20.0  # a broker that sends nothing for so long before the end of a topic is as good as away
@@ -25,25 +27,25 @@ Progress = Callable[[int], None]
 Failure = tuple[int, str]
 
 
-def client(bootstrap: str, more: Mapping[str, str | float | bool] | None = None) -> dict[str, str | int | float | bool]:
-    """Return the configuration that every client shares. librdkafka's own log is off: errors reach us as values."""
-    return {"bootstrap.servers": bootstrap, "client.id": "notify-cli", "log_level": 0, **(more or {})}
+def quiet(cluster: Cluster) -> Cluster:
+    """Return `cluster` for a command: named as one, and librdkafka's own log off. Errors reach us as values."""
+    return replace(cluster, extra={**cluster.extra, "client.id": "notify-cli", "log_level": 0})
 
 
-def admin(bootstrap: str) -> AdminClient:
+def admin(cluster: Cluster) -> AdminClient:
     """Return an admin client. Connects when first used."""
-    return AdminClient(cast("dict[str, Any]", client(bootstrap)))
+    return AdminClient(quiet(cluster).config())
 
 
-def partition_counts(bootstrap: str) -> Mapping[str, int]:
+def partition_counts(cluster: Cluster) -> Mapping[str, int]:
     """Return how many partitions each topic has. Raises KafkaException when no broker answers."""
-    metadata = admin(bootstrap).list_topics(timeout=ANSWER_SECONDS)
+    metadata = admin(cluster).list_topics(timeout=ANSWER_SECONDS)
     return {name: len(topic.partitions) for name, topic in metadata.topics.items() if topic.error is None}
 
 
-def partition_count(bootstrap: str, topic: str) -> int:
+def partition_count(cluster: Cluster, topic: str) -> int:
     """Return how many partitions `topic` has. Raises CliError when it does not exist."""
-    count = partition_counts(bootstrap).get(topic)
+    count = partition_counts(cluster).get(topic)
     if not count:
         raise CliError(f"The topic {topic} does not exist. Run `notify topics ensure`, or check NOTIFY_ENV.")
     return count
@@ -52,17 +54,14 @@ def partition_count(bootstrap: str, topic: str) -> int:
 class Reader:
     """Reads partitions of a topic from `start` (default: the beginning), committed records only, and commits nothing."""
 
-    def __init__(self, bootstrap: str, topic: str, partitions: Mapping[int, int] | list[int]) -> None:
-        config = client(
-            bootstrap,
-            {
-                "group.id": "notify-cli",  # asked for by the client, used for nothing
-                "enable.auto.commit": False,
-                "enable.partition.eof": True,
-                "isolation.level": "read_committed",
-                "auto.offset.reset": "earliest",
-                "fetch.wait.max.ms": 50,
-            },
+    def __init__(self, cluster: Cluster, topic: str, partitions: Mapping[int, int] | list[int]) -> None:
+        config = quiet(cluster).config(
+            group_id="notify-cli",  # asked for by the client, used for nothing
+            enable_auto_commit=False,
+            enable_partition_eof=True,
+            isolation_level="read_committed",
+            auto_offset_reset="earliest",
+            fetch_wait_max_ms=50,
         )
         self._consumer = Consumer(config)
         self._topic = topic
@@ -130,20 +129,17 @@ class Reader:
 class Publisher:
     """Publishes records; `failures` holds those that Kafka did not take, by the number that they were given."""
 
-    def __init__(self, bootstrap: str) -> None:
-        config = client(
-            bootstrap,
-            {
-                "acks": "all",
-                "enable.idempotence": True,
-                "partitioner": "murmur2_random",
-                "linger.ms": 5,
-                "compression.type": "lz4",
-                "delivery.timeout.ms": int(DELIVERY_SECONDS * 1000),
-                "message.max.bytes": DEAD_MAX_BYTES,  # the broker decides what is too large for a topic
-            },
+    def __init__(self, cluster: Cluster) -> None:
+        config = quiet(cluster).config(
+            acks="all",
+            enable_idempotence=True,
+            partitioner="murmur2_random",
+            linger_ms=5,
+            compression_type="lz4",
+            delivery_timeout_ms=int(DELIVERY_SECONDS * 1000),
+            message_max_bytes=DEAD_MAX_BYTES,  # the broker decides what is too large for a topic
         )
-        self._producer = Producer(cast("dict[str, Any]", config))
+        self._producer = Producer(config)
         # says at once when nobody answers, and saves the half second after which the idempotent producer looks again
         self._producer.list_topics(timeout=ANSWER_SECONDS)
         self.delivered = 0

@@ -37,7 +37,7 @@ def ensure_keys(  # noqa: PLR0913
     One pass over the users' partitions, one command for each missing key. Raises CliError when the router does not answer.
     """
     topic = physical(settings.env, topics.KEYS)
-    count = partition_count(settings.kafka, topic)
+    count = partition_count(settings.cluster, topic)
     wanted = set(users)
     partitions = sorted({partition_of(user.encode(), count) for user in wanted})
     wrapped: dict[str, bytes] = {}
@@ -51,7 +51,7 @@ def ensure_keys(  # noqa: PLR0913
         else:
             wrapped[user] = wire.decode(message.value(), UserKey).wrapped
 
-    with Reader(settings.kafka, topic, partitions) as reader:
+    with Reader(settings.cluster, topic, partitions) as reader:
         for message in reader.to_end():
             take(message)
         missing = wanted - wrapped.keys()
@@ -65,8 +65,8 @@ def find_key(settings: Settings, wire: Wire, user_id: str) -> bytes | None:
     """Return the key of a user; None when there is none, or none any more."""
     topic = physical(settings.env, topics.KEYS)
     raw_key, newest = user_id.encode(), None
-    partition = partition_of(raw_key, partition_count(settings.kafka, topic))
-    with Reader(settings.kafka, topic, [partition]) as reader:
+    partition = partition_of(raw_key, partition_count(settings.cluster, topic))
+    with Reader(settings.cluster, topic, [partition]) as reader:
         for message in reader.to_end():
             if message.key() == raw_key:
                 newest = message.value()
@@ -76,7 +76,7 @@ def find_key(settings: Settings, wire: Wire, user_id: str) -> bytes | None:
 def ask_for_keys(settings: Settings, codec: Codec, users: Collection[str]) -> None:
     """Publish a command for each of `users`: make his key."""
     now = datetime.now(UTC)
-    publisher = Publisher(settings.kafka)
+    publisher = Publisher(settings.cluster)
     for number, user in enumerate(sorted(users)):
         command_id = digest("cli", "ensure_key", user, now.isoformat(), size=12)
         command = Command(command_id=command_id, user_id=user, kind="ensure_key", issued_at=now)
@@ -95,7 +95,7 @@ def _await_keys(  # noqa: PLR0913, PLR0917 - private, called once
             deadline = time.monotonic() + silence_seconds
         elif time.monotonic() > deadline:
             raise CliError(
-                f"{left():,} of {asked:,} new users got no key within {silence_seconds:g} s, so their contacts cannot be sealed. "
+                f"{left():,} of {asked:,} new users got no key within {silence_seconds:g} s, so nothing can be sealed for them. "
                 "Is the router running? `notify doctor` says; nothing was stored, so the command can simply be repeated."
             )
         if progress is not None:

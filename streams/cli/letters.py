@@ -125,11 +125,11 @@ class Stretch:
 def stretch(settings: Settings, wanted: Filter) -> Stretch:
     """Return the part of `dead`, to its end now, in which whatever `wanted` admits is."""
     topic = physical(settings.env, topics.DEAD)
-    count = partition_count(settings.kafka, topic)
+    count = partition_count(settings.cluster, topic)
     partitions = sorted({number for number, _ in wanted.places if number < count}) if wanted.places else list(range(count))
     if not partitions:
         return Stretch(topic=topic, starts={}, ends={})
-    with Reader(settings.kafka, topic, partitions) as probe:
+    with Reader(settings.cluster, topic, partitions) as probe:
         sizes = probe.sizes()
         starts = {number: low for number, (low, _) in sizes.items()}
         ends = {number: high for number, (_, high) in sizes.items()}
@@ -148,7 +148,7 @@ def read(settings: Settings, part: Stretch, wanted: Filter, *, title: str) -> It
     if not left:
         return
     with (
-        Reader(settings.kafka, part.topic, {number: part.starts[number] for number in left}) as reader,
+        Reader(settings.cluster, part.topic, {number: part.starts[number] for number in left}) as reader,
         console.progress(title, part.records) as advance,
     ):
         for message in reader.to_end(advance):
@@ -180,7 +180,7 @@ def find_one(settings: Settings, place: Place) -> DeadLetter:
     """Return the dead letter at a place. Raises CliError when there is none."""
     partition, offset = place
     topic = physical(settings.env, topics.DEAD)
-    count = partition_count(settings.kafka, topic)
+    count = partition_count(settings.cluster, topic)
     if partition >= count:
         raise CliError(f"{topic} has the partitions 0 to {count - 1}, not {partition}. `notify dlq list` shows what there is.")
     found, _ = find(settings, Filter(places=frozenset({place})), limit=1)

@@ -142,10 +142,10 @@ def set_(  # noqa: PLR0913 - one parameter an option
         codec = _codec(wire)
         key = ensure_keys(settings, wire, codec, [user])[user] if wish.contact else None
         topic = physical(settings.env, topics.PREFERENCES)
-        count = partition_count(settings.kafka, topic)
+        count = partition_count(settings.cluster, topic)
         waiting = Waiting(settings, count) if wait else None
         command = wish.command(key, datetime.now(UTC))
-        publisher = Publisher(settings.kafka)
+        publisher = Publisher(settings.cluster)
         publisher.publish(physical(settings.env, topics.COMMANDS), user, codec.encode(command))
         publisher.require_all()
         stored = waiting.until(wire, publisher, {partition_of(user.encode(), count): user}).get(user) if waiting else None
@@ -178,7 +178,7 @@ def load(
     with Lines(file) as lines, Wire(settings) as wire:
         with console.progress("reading", lines.total_bytes) as advance:
             wishes = list(_wishes(lines, advance))
-        publisher = Publisher(settings.kafka)
+        publisher = Publisher(settings.cluster)
         if wishes:
             _load(settings, wire, publisher, wishes, wait=wait)
         for number, problem in publisher.failures:
@@ -199,7 +199,7 @@ def load(
 
 def _load(settings: Settings, wire: Wire, publisher: Publisher, wishes: list[tuple[int, Wish]], *, wait: bool) -> None:
     codec = _codec(wire)
-    count = partition_count(settings.kafka, physical(settings.env, topics.PREFERENCES))
+    count = partition_count(settings.cluster, physical(settings.env, topics.PREFERENCES))
     secret = {wish.user_id for _, wish in wishes if wish.contact is not None}
     with console.progress("asking for keys", len(secret)) as advance:
         keys = ensure_keys(settings, wire, codec, secret, progress=advance) if secret else {}
@@ -277,7 +277,7 @@ def find_preferences(settings: Settings, wire: Wire, user_id: str) -> UserPrefer
     """Return what is stored for a user, else None."""
     topic, key = physical(settings.env, topics.PREFERENCES), user_id.encode()
     newest = None
-    with Reader(settings.kafka, topic, [partition_of(key, partition_count(settings.kafka, topic))]) as reader:
+    with Reader(settings.cluster, topic, [partition_of(key, partition_count(settings.cluster, topic))]) as reader:
         for message in reader.to_end():
             if message.key() == key:
                 newest = message.value()
@@ -294,7 +294,7 @@ class Waiting:
         self._starts = {topic: _ends(settings, topic, count) for topic, count in self._counts(partitions).items()}
 
     def _counts(self, partitions: int) -> dict[str, int]:
-        return {self._preferences: partitions, self._dead: partition_count(self._settings.kafka, self._dead)}
+        return {self._preferences: partitions, self._dead: partition_count(self._settings.cluster, self._dead)}
 
     def until(self, wire: Wire, publisher: Publisher, last: Mapping[int, str]) -> dict[str, UserPreferences]:
         """Return what is stored for the last user of each partition, once it is.
@@ -310,8 +310,8 @@ class Waiting:
         waiting = set(sent)
         stored: dict[str, UserPreferences] = {}
         with (
-            Reader(self._settings.kafka, self._preferences, {p: self._starts[self._preferences][p] for p in last}) as preferences,
-            Reader(self._settings.kafka, self._dead, self._starts[self._dead]) as dead,
+            Reader(self._settings.cluster, self._preferences, {p: self._starts[self._preferences][p] for p in last}) as preferences,
+            Reader(self._settings.cluster, self._dead, self._starts[self._dead]) as dead,
         ):
             deadline = time.monotonic() + WAIT_SECONDS
             while waiting:
@@ -338,7 +338,7 @@ class Waiting:
 
 
 def _ends(settings: Settings, topic: str, partitions: int) -> dict[int, int]:
-    with Reader(settings.kafka, topic, list(range(partitions))) as reader:
+    with Reader(settings.cluster, topic, list(range(partitions))) as reader:
         return {number: end for number, (_, end) in reader.sizes().items()}
 
 

@@ -57,7 +57,7 @@ def ensure(
     Partition counts and replicas come from NOTIFY_PARTITIONS, NOTIFY_INBOUND_PARTITIONS and NOTIFY_REPLICATION.
     """
     settings, _ = load_settings(os.environ, needs=NEEDS)
-    admin = kafka.admin(settings.kafka)
+    admin = kafka.admin(settings.cluster)
     changes = provisioning.plan(admin, wanted(settings))
     problems = provisioning.problems(changes)
     if not as_json:

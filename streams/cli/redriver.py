@@ -20,13 +20,12 @@ from schemas.ids import partition_of
 from schemas.messages import Delivery, Message, NotificationRequested, Origin
 from streams.cli import console
 from streams.cli.errors import CliError, explain_kafka
-from streams.cli.kafka import Reader, partition_counts
+from streams.cli.kafka import Reader, partition_counts, quiet
 from streams.cli.letters import DeadLetter
 from streams.cli.wire import Wire
 from streams.settings import Settings
 from streams.topics import DEAD_MAX_BYTES, physical, specs
 from streams.transport.admin import topic_facts
-from streams.transport.cluster import Cluster
 from streams.transport.records import PLACE_HEADERS
 from streams.transport.writer import AbortedError, FencedError, Headers, Writer
 
@@ -87,13 +86,13 @@ class Marks:
     def __init__(self, settings: Settings) -> None:
         self._topic = physical(settings.env, topics.REDRIVEN)
         dead = physical(settings.env, topics.DEAD)
-        self._dead_id = topic_facts(_cluster(settings), [dead, self._topic])[dead].id
-        self._kafka = settings.kafka
+        self._dead_id = topic_facts(quiet(settings.cluster), [dead, self._topic])[dead].id
+        self._cluster = settings.cluster
         self._generations: dict[bytes, int] = {}
 
     def read(self) -> None:
         """Read every mark that there is now."""
-        with Reader(self._kafka, self._topic, [0]) as reader:
+        with Reader(self._cluster, self._topic, [0]) as reader:
             for message in reader.to_end():
                 key, value = message.key(), message.value()
                 if key is not None:
@@ -120,7 +119,7 @@ class Planner:
         self._extend_seconds = extend_seconds
         self._wire = wire
         self._encoders: dict[str, Callable[[Message], bytes]] = {}
-        counts = partition_counts(settings.kafka)
+        counts = partition_counts(settings.cluster)
         self._partitions = {spec.name: counts.get(physical(settings.env, spec.name), 0) for spec in specs()}
 
     def plan(self, letter: DeadLetter, marks: Marks) -> Plan:
@@ -213,7 +212,7 @@ class Redriver:
     def __init__(self, settings: Settings, marks: Marks) -> None:
         self._env = settings.env
         self._marks = marks
-        self._writer = Writer(_cluster(settings), transactional_id=f"notify.{settings.env}.redrive", max_message_bytes=DEAD_MAX_BYTES)
+        self._writer = Writer(quiet(settings.cluster), transactional_id=f"notify.{settings.env}.redrive", max_message_bytes=DEAD_MAX_BYTES)
         try:
             self._writer.acquire()
         except FencedError as error:
@@ -269,7 +268,3 @@ def _origin(letter: DeadLetter) -> Origin | None:
     if not topic or not all(number.isascii() and number.isdigit() for number in numbers):
         return None
     return Origin(topic=topic, partition=int(numbers[0]), offset=int(numbers[1]))
-
-
-def _cluster(settings: Settings) -> Cluster:
-    return Cluster(bootstrap=settings.kafka, extra={"client.id": "notify-cli", "log_level": "0"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -12,13 +13,15 @@ from rich.text import Text
 
 from agents.triggers import RULES
 from schemas import topics
+from schemas.codec import pack
 from schemas.ids import NotificationId, digest, notification_id
-from schemas.messages import NotificationRequested
+from schemas.messages import NotificationRequested, RequestData
+from schemas.sealed import seal
 from streams.cli import console
 from streams.cli.context import load_settings
 from streams.cli.errors import CliError
 from streams.cli.kafka import Publisher, partition_count
-from streams.cli.produce import NEEDS
+from streams.cli.keys import ensure_keys
 from streams.cli.wire import Wire
 from streams.topics import physical, specs
 
@@ -43,8 +46,8 @@ def send(  # noqa: PLR0913 - one parameter an option
     idempotency_key: Annotated[str | None, typer.Option(help="The same key for the same user is the same notification, once.")] = None,
     as_json: console.JsonOption = False,
 ) -> None:
-    """Ask for a notification to one user; prints its id."""
-    settings, _ = load_settings(os.environ, needs=NEEDS)
+    """Ask for a notification to one user; prints its id. Title, message and data travel sealed with the user's key."""
+    settings, _ = load_settings(os.environ)
     request, identity = build_request(
         user_id=user,
         rule=rule,
@@ -54,11 +57,12 @@ def send(  # noqa: PLR0913 - one parameter an option
     )
     name = topics.requests(RULES[rule].lane)
     topic = physical(settings.env, name)
-    partition_count(settings.kafka, topic)
+    partition_count(settings.cluster, topic)
     with Wire(settings) as wire:
-        codec = wire.codec([spec for spec in specs() if spec.name == name])
-    publisher = Publisher(settings.kafka)
-    publisher.publish(topic, user, codec.encode(request))
+        codec = wire.codec([spec for spec in specs() if spec.name in {name, topics.COMMANDS}])
+        key = ensure_keys(settings, wire, codec, [user])[user]
+    publisher = Publisher(settings.cluster)
+    publisher.publish(topic, user, codec.encode(sealed_with(key, request)))
     publisher.require_all()
     if as_json:
         place, (offset, _) = next(iter(publisher.last.items()))
@@ -84,6 +88,12 @@ def build_request(
     )
     request = NotificationRequested(event_id=event_id, producer=PRODUCER, rule=rule, user_id=user_id, data=data, occurred_at=now)
     return request, notification_id(producer=PRODUCER, event_id=event_id, rule=rule, user_id=user_id)
+
+
+def sealed_with(key: bytes, request: NotificationRequested) -> NotificationRequested:
+    """Return `request` with its data sealed with the user's key: what is said to him is nobody else's business."""
+    sealed = seal(key, pack(RequestData(data=request.data)), user_id=request.user_id, purpose="request")
+    return replace(request, data={}, sealed=sealed)
 
 
 def parse_pairs(texts: list[str]) -> dict[str, str]:

@@ -40,7 +40,13 @@ MARKS: Mapping[str, tuple[str, str]] = {
     Status.DELIVERED: ("✓", "bold green"),
     Status.BOUNCED: ("✗", "bold red"),
 }
-_OUTCOME_STYLES = {"notified": "bold green", "skipped": "bold yellow", "duplicate_of": "bold yellow", "conflict": "bold red"}
+_OUTCOME_STYLES = {
+    "notified": "bold green",
+    "broadcast": "bold green",
+    "skipped": "bold yellow",
+    "duplicate_of": "bold yellow",
+    "conflict": "bold red",
+}
 _MINUTE_SECONDS, _HOUR_SECONDS, _DAY_SECONDS = 60, 3_600, 86_400
 
 
@@ -113,7 +119,7 @@ def _add_decision(root: Tree, decision: Mapping[str, Any], deliveries: Sequence[
     line.append_text(_later(start, decision.get("decidedAt")))
     node = root.add(line)
     versions = decision.get("versions") or {}
-    rule = f"{decision.get('rule')} v{versions.get('rule')}"
+    rule = f"{decision['rule']} v{versions.get('rule')}" if decision.get("rule") else "none"
     node.add(_facts([("rule ", rule), ("category ", decision.get("category")), ("lane ", decision.get("lane"))]))
     preferences = f"version {versions['preferences']}" if versions.get("preferences") else "none stored, defaults"
     node.add(

@@ -108,7 +108,7 @@ class Trails:
 
     async def __aenter__(self) -> Self:
         """Note where the topics end now, and connect."""
-        self._registry = Registry(self._settings.registry_url, self._settings.data_dir / "schemas")
+        self._registry = Registry(self._settings.registry_url, self._settings.data_dir / "schemas", self._settings.registry_security)
         self._codec = Codec({}, self._registry.schemas)
         async with contextlib.AsyncExitStack() as opened:
             opened.push_async_callback(self._registry.close)
@@ -159,10 +159,10 @@ class Trails:
         topic = physical(self._settings.env, logical)
 
         def open_reader() -> Reader:
-            partitions = list(range(partition_count(self._settings.kafka, topic)))
-            with Reader(self._settings.kafka, topic, partitions) as probe:
+            partitions = list(range(partition_count(self._settings.cluster, topic)))
+            with Reader(self._settings.cluster, topic, partitions) as probe:
                 ends = {number: end for number, (_, end) in probe.sizes().items()}
-            return Reader(self._settings.kafka, topic, ends)
+            return Reader(self._settings.cluster, topic, ends)
 
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
@@ -234,7 +234,9 @@ class Trails:
     def _end(self, notification: str, document: Mapping[str, Any]) -> None:
         frame = panel(document)
         decision = document.get("decision") or {}
-        frame.title = Text(f" {decision.get('rule', '')} ", style="bold green" if succeeded(document) else "bold yellow")
+        frame.title = Text(
+            f" {decision.get('rule') or decision.get('outcome', '')} ", style="bold green" if succeeded(document) else "bold yellow"
+        )
         frame.title_align, frame.width = "left", self._width
         frame.border_style = "green" if succeeded(document) else "yellow"
         self._show(frame)
@@ -266,14 +268,13 @@ def is_over(document: Mapping[str, Any]) -> bool:
 
 
 def succeeded(document: Mapping[str, Any]) -> bool:
-    """Say whether a trail ended as it should: in-app delivered, and every other chosen channel at least accepted by its provider."""
+    """Say whether a trail ended as it should: in-app delivered where chosen, every other chosen channel at least accepted."""
     decision = document.get("decision") or {}
     reached = {each.get("deliveryId"): each for each in document.get("deliveries") or []}
     chosen = [choice for choice in decision.get("channels") or [] if choice.get("isChosen")]
-    is_inbox_used = any(choice.get("channel") == Channel.IN_APP for choice in chosen)
     return (
         decision.get("outcome") == _KIND
-        and is_inbox_used
+        and bool(chosen)
         and all(_is_accepted(reached[each]) if (each := choice.get("deliveryId")) in reached else False for choice in chosen)
     )
 

@@ -1,4 +1,4 @@
-"""`notify up`: the whole system on this machine. Kafka, registry, mail server, topics, schemas, workers, and samples to look at.
+"""`notify up`: the whole system on this machine. Kafka, registry, database, mail server, topics, schemas, workers, and samples to look at.
 
 Everything it starts is its child and ends with it. Whoever dies is started again, visibly; Ctrl-C stops all in order, the
 workers first, and a second Ctrl-C kills at once.
@@ -34,7 +34,7 @@ from streams.cli import console, kafka
 from streams.cli.context import remove_running, write_running
 from streams.cli.errors import EXIT_FAILURE, EXIT_SETTINGS, CliError, explain
 from streams.cli.provision import wanted
-from streams.cli.samples import Played, load_preferences, play_payments
+from streams.cli.samples import NOTIFIED, Played, load_people, prepare, publish
 from streams.cli.steps import Steps
 from streams.cli.trails import Trails, in_thread, succeeded
 from streams.registry import Registry
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 DEFAULT_DATA_DIR: Final = Path("~/.local/share/flowmart-notify/up")
 WEB_PORT: Final = 6066  # of the views; the other roles follow, then the page with everybody's metrics
-SERVER_PORTS: Final = 5
+SERVER_PORTS: Final = 6
 ENDED_DEADLINE_SECONDS: Final = 60.0
 WORKER_GRACE_SECONDS: Final = 4.0
 SERVER_GRACE_SECONDS: Final = 4.5
@@ -59,7 +59,7 @@ PLAIN_COLUMNS: Final = 120
 WIDEST_COLUMNS: Final = 120
 INTERRUPTED_EXIT_CODE: Final = 130
 SAMPLE_USER: Final = "cust_10482"
-OWN = frozenset({"NOTIFY_KAFKA_BOOTSTRAP", "NOTIFY_REGISTRY_URL", "NOTIFY_SMTP_URL"})
+OWN = frozenset({"NOTIFY_KAFKA_BOOTSTRAP", "NOTIFY_REGISTRY_URL", "NOTIFY_SMTP_URL", "NOTIFY_POSTGRES_URL"})
 NOT_PASSED_ON = frozenset(
     {
         *OWN,
@@ -72,24 +72,29 @@ NOT_PASSED_ON = frozenset(
         "NOTIFY_WEB_URL",
     }
 )
-SERVERS: Final = {"kafka": "broker and controller", "registry": "of Avro schemas", "mail": "a mail server and its inbox page"}
+SERVERS: Final = {
+    "kafka": "broker and controller",
+    "registry": "of Avro schemas",
+    "postgres": "PostgreSQL, for what is older than the inboxes",
+    "mail": "a mail server and its inbox page",
+}
 EPILOG = console.examples("notify up", "notify up --once --data-dir /tmp/try", "notify up --no-demo --free-ports --ready-file ready.json")
 
 
 def up(  # noqa: PLR0913 - one parameter an option
     *,
-    no_demo: Annotated[bool, typer.Option("--no-demo", help="Do not load the sample users and play the sample payments.")] = False,
+    no_demo: Annotated[bool, typer.Option("--no-demo", help="Do not load the sample users and play the sample events.")] = False,
     once: Annotated[bool, typer.Option("--once", help="Stop when the samples have ended: 0 if all went as it should, else 1.")] = False,
     data_dir: Annotated[Path, typer.Option(metavar="D", help="Where everything is kept from run to run.")] = DEFAULT_DATA_DIR,
     ready_file: Annotated[
         Path | None, typer.Option(metavar="F", help="Written as JSON when all is ready: the addresses and a token. Removed at the end.")
     ] = None,
-    port_base: Annotated[int | None, typer.Option(metavar="N", min=1024, max=65_500, help="Listen on N, N+1 … N+12.")] = None,
+    port_base: Annotated[int | None, typer.Option(metavar="N", min=1024, max=65_500, help="Listen on N, N+1 … N+16.")] = None,
     free_ports: Annotated[bool, typer.Option("--free-ports", help="Listen on any free ports; the same next time if still free.")] = False,
 ) -> None:
     """Run the whole system on this machine until Ctrl-C: Kafka, registry, mail server and the workers of every role.
 
-    The sample payments are played first, and the trail of every notification is printed as it ends, also of those that
+    The sample events are played first, and the trail of every notification is printed as it ends, also of those that
     you cause meanwhile. Each play has new ids, so a second run on the same data shows new notifications.
     """
     if port_base is not None and free_ports:
@@ -141,7 +146,7 @@ class Options:
         if self.port_base is None:
             return DEFAULT_PORTS
         base = self.port_base
-        return Ports(kafka=base, controller=base + 1, registry=base + 2, smtp=base + 3, http=base + 4)
+        return Ports(kafka=base, controller=base + 1, registry=base + 2, smtp=base + 3, http=base + 4, postgres=base + 5)
 
     def first_web_port(self, own: Mapping[str, str]) -> int | None:
         """Return where the views are to listen; None: anywhere."""
@@ -161,6 +166,7 @@ class Addresses:
     smtp: str
     inbox: str
     token: str = field(repr=False)
+    postgres: str = field(repr=False)
     roles: Mapping[Role, str]
     variables: Mapping[str, str] = field(repr=False)  # NOTIFY_*, for other commands
 
@@ -173,6 +179,7 @@ class Addresses:
             "metrics": self.metrics,
             "mail": {"smtp": self.smtp, "http": self.inbox},
             "token": self.token,
+            "postgres": self.postgres,
             "roles": {str(role): url for role, url in self.roles.items()},
         }
 
@@ -297,6 +304,7 @@ class Up:
             smtp=stack.mail_smtp,
             inbox=stack.mail_http,
             token=issue(settings.token_key, user_id=None, lifetime_seconds=TOKEN_LIFETIME_SECONDS),
+            postgres=stack.postgres,
             roles={role: f"http://{LOOPBACK}:{port}" for role, port in ports.of_role.items()},
             variables=variables,
         )
@@ -367,6 +375,7 @@ class Up:
             ("inbox", Text.assemble((addresses.inbox, "bold cyan"), (f"   as JSON {addresses.inbox}/api/messages", "dim"))),
             ("queries", Text.assemble((addresses.web, "bold cyan"), ("   the pages are listed there", "dim"))),
             ("metrics", Text.assemble((addresses.metrics, "bold cyan"), ("   of all roles", "dim"))),
+            ("database", Text(addresses.postgres)),
             ("Kafka", Text.assemble(addresses.kafka, ("   schema registry ", "dim"), addresses.registry)),
             ("logs", Text(f"{settings.data_dir}/*.log")),
         ):
@@ -391,12 +400,19 @@ class Up:
     # ---- the samples
 
     async def _play(self, settings: Settings, trails: Trails) -> int:
-        self._show(Group("", Rule(Text("sample payments", style="bold"), align="left", style="dim")))
-        users = await in_thread(partial(load_preferences, settings))
+        self._show(Group("", Rule(Text("samples", style="bold"), align="left", style="dim")))
+        people = await in_thread(partial(load_people, settings))
         run = f"{int(time.time()):x}{token_hex(1)}"  # names this play in the ids of its events
-        played = await in_thread(partial(play_payments, settings, run))
+        played = await in_thread(partial(prepare, settings, run))
         trails.watch(each.notification or each.raw for each in played)
-        self._show(Text(f"{users} users' preferences stored, sealed; {len(played)} payments played as run {run}\n", style="dim"))
+        self._show(
+            Text(
+                f"{people.users} users' preferences stored, sealed; {people.watches} watches and {people.products} products stored; "
+                f"{len(played)} payments, adjustments of stock and actions of users played as run {run}\n",
+                style="dim",
+            )
+        )
+        await in_thread(partial(publish, settings, played))
         began = time.monotonic()
         with self._out.status("", spinner="dots") if self._out.is_terminal else contextlib.nullcontext() as status:
             while time.monotonic() - began < ENDED_DEADLINE_SECONDS:
@@ -407,7 +423,9 @@ class Up:
         problems = list(_problems(played, trails))
         trails.forget()
         if not problems:
-            kinds = f"{len(trails.ended)} notified, {len(trails.dead)} in dead as it should be"
+            notified = sum(each.notification is not None and each.outcome == NOTIFIED for each in played)
+            dead = sum(each.notification is None for each in played)
+            kinds = f"{notified} notified, {len(played) - notified - dead} without a rule, {dead} in dead"
             self._show(Text.assemble(("✓ ", "bold green"), f"All {len(played)} samples ended as they should: {kinds}."))
             return 0
         for problem in problems:
@@ -420,7 +438,7 @@ class Up:
         began = time.monotonic()
         self._clean_up()
         if self._stack is not None:
-            self._show(Text("\nStopping: workers, then mail, registry and Kafka (Ctrl-C again kills)", style="dim"))
+            self._show(Text("\nStopping: workers, then mail, database, registry and Kafka (Ctrl-C again kills)", style="dim"))
         if self._supervisor is not None:
             await self._supervisor.release()
         if self._metrics is not None:
@@ -444,6 +462,7 @@ def _variables(options: Options, own: Mapping[str, str], stack: Stack, folder: P
         "NOTIFY_KAFKA_BOOTSTRAP": stack.kafka,
         "NOTIFY_REGISTRY_URL": stack.registry,
         "NOTIFY_SMTP_URL": stack.mail_smtp,
+        "NOTIFY_POSTGRES_URL": stack.postgres,
         "NOTIFY_DATA_DIR": str(folder),
         "NOTIFY_WEB_HOST": LOOPBACK,
         "NOTIFY_WEB_PORT": str(web_port),
@@ -451,7 +470,7 @@ def _variables(options: Options, own: Mapping[str, str], stack: Stack, folder: P
 
 
 def _ensure_topics(settings: Settings) -> str:
-    admin = kafka.admin(settings.kafka)
+    admin = kafka.admin(settings.cluster)
     changes = provisioning.plan(admin, wanted(settings))
     provisioning.apply(admin, changes)
     counts = {action: sum(change.action is action for change in changes) for action in provisioning.Action}
@@ -467,7 +486,7 @@ _DONE = {
 
 
 async def _register(settings: Settings) -> str:
-    registry = Registry(settings.registry_url, settings.data_dir / "schemas")
+    registry = Registry(settings.registry_url, settings.data_dir / "schemas", settings.registry_security)
     try:
         await registry.codec(settings.env, all_topics())
     finally:
@@ -485,6 +504,9 @@ def _problems(played: list[Played], trails: Trails) -> Iterator[str]:
         document = trails.ended.get(each.notification)
         if document is None:
             yield f"Sample {each.number} ({each.about}), notification {each.notification}: {trails.state_of(each.notification)}."
+        elif each.outcome != NOTIFIED:
+            if (found := (document.get("decision") or {}).get("outcome")) != each.outcome:
+                yield f"Sample {each.number} ({each.about}), notification {each.notification}: {found} instead of {each.outcome}."
         elif not succeeded(document):
             yield f"Sample {each.number} ({each.about}), notification {each.notification}, did not reach everybody: see its trail."
 

@@ -12,6 +12,8 @@ import aiohttp
 import orjson
 
 from streams.cli.errors import CliError
+from streams.registry import connection_options
+from streams.security import RegistrySecurity
 from streams.tokens import issue
 
 NEEDS = frozenset({"NOTIFY_TOKEN_KEY"})
@@ -28,9 +30,20 @@ class Answer:
     headers: Mapping[str, str]
 
 
-def call(method: str, url: str, *, token: str | None = None, body: object = None, timeout_seconds: float = TIMEOUT_SECONDS) -> Answer:
-    """Return the answer to a request. Raises TimeoutError or aiohttp.ClientError when there is none."""
-    return asyncio.run(_call(method, url, token=token, body=body, timeout_seconds=timeout_seconds))
+def call(  # noqa: PLR0913 - what a request may have
+    method: str,
+    url: str,
+    *,
+    token: str | None = None,
+    body: object = None,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    security: RegistrySecurity | None = None,
+) -> Answer:
+    """Return the answer to a request. Raises TimeoutError or aiohttp.ClientError when there is none.
+
+    `security`: how the registry is asked.
+    """
+    return asyncio.run(_call(method, url, token=token, body=body, timeout_seconds=timeout_seconds, security=security))
 
 
 def get(web_url: str, token_key: bytes, path: str, *, missing: str) -> Any:
@@ -56,10 +69,16 @@ def get(web_url: str, token_key: bytes, path: str, *, missing: str) -> Any:
     raise CliError(f"{web_url} answered {answer.status}{f': {detail}' if detail else ''}. Is this the web of a views worker?")
 
 
-async def _call(method: str, url: str, *, token: str | None, body: object, timeout_seconds: float) -> Answer:
+async def _call(  # noqa: PLR0913 - as above
+    method: str, url: str, *, token: str | None, body: object, timeout_seconds: float, security: RegistrySecurity | None
+) -> Answer:
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     timeout = aiohttp.ClientTimeout(total=timeout_seconds)
-    async with aiohttp.ClientSession(timeout=timeout) as session, session.request(method, url, headers=headers, json=body) as answer:
+    options = {} if security is None else connection_options(security)
+    async with (
+        aiohttp.ClientSession(timeout=timeout, **options) as session,
+        session.request(method, url, headers=headers, json=body) as answer,
+    ):
         raw = await answer.read()
         try:
             parsed = orjson.loads(raw)

@@ -23,7 +23,13 @@ from streams.topics import physical
 
 NEEDS = frozenset({"NOTIFY_KAFKA_BOOTSTRAP", "NOTIFY_REGISTRY_URL"})
 EPILOG = console.examples("notify why cust_10482 evt_pp_a1b2c3d4-e5f6-7890-abcd-ef1234567890", "notify why u-1 pay-77 --json")
-_STYLES = {"notified": "bold green", "skipped": "bold yellow", "duplicate_of": "bold yellow", "conflict": "bold red"}
+_STYLES = {
+    "notified": "bold green",
+    "broadcast": "bold green",
+    "skipped": "bold yellow",
+    "duplicate_of": "bold yellow",
+    "conflict": "bold red",
+}
 
 
 def why(
@@ -52,9 +58,9 @@ def why(
 def find_decisions(settings: Settings, user_id: str, event_id: str) -> list[DecisionRecord]:
     """Return the decisions for a user about an event, oldest first, from the user's partition."""
     topic, key = physical(settings.env, topics.DECISIONS), user_id.encode()
-    partition = partition_of(key, partition_count(settings.kafka, topic))
+    partition = partition_of(key, partition_count(settings.cluster, topic))
     found: list[DecisionRecord] = []
-    with Wire(settings) as wire, Reader(settings.kafka, topic, [partition]) as reader:
+    with Wire(settings) as wire, Reader(settings.cluster, topic, [partition]) as reader:
         low, high = reader.sizes()[partition]
         with console.progress(f"reading {topic}[{partition}]", high - low) as advance:
             for message in reader.to_end():
@@ -82,7 +88,8 @@ def render_decision(decision: DecisionRecord) -> Tree:
     root = Tree(title, guide_style="dim")
     _row(root, "event", f"{decision.event_id} from {decision.producer}, occurred {console.show_time(decision.occurred_at)}")
     _row(root, "decided", f"{console.show_time(decision.decided_at)}, accepted {console.show_time(decision.accepted_at)}")
-    _row(root, "rule", f"{decision.rule} v{decision.rule_version}, category {decision.category}, lane {decision.lane}")
+    rule = f"{decision.rule} v{decision.rule_version}, category {decision.category}, lane {decision.lane}" if decision.rule else "none"
+    _row(root, "rule", rule)
     stored = f"version {decision.preference_version}" if decision.preference_version else "none stored, the defaults applied"
     _row(root, "preferences", stored)
     if decision.template_version:

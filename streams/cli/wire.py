@@ -23,7 +23,7 @@ class Wire:
     def __init__(self, settings: Settings) -> None:
         self._runner = asyncio.Runner()
         self._env = settings.env
-        self._registry = Registry(settings.registry_url, settings.data_dir / "schemas")
+        self._registry = Registry(settings.registry_url, settings.data_dir / "schemas", settings.registry_security)
         self._codec = Codec({}, self._registry.schemas)
 
     def __enter__(self) -> Self:

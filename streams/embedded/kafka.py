@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
@@ -48,9 +48,12 @@ class KafkaBroker(Server):
     """The broker. `bootstrap_servers` is what clients need; data survives `stop`, `kill` and a new process.
 
     `class_path` must be set before `start`; `start_cache` is used where it exists, or written with `is_training`.
+    Tests derive brokers with encryption, rights or company from it: what they change is public.
     """
 
     name = "kafka"
+    heap_megabytes = 512
+    replication = 1  # of the broker's own topics
 
     def __init__(  # noqa: PLR0913
         self,
@@ -81,7 +84,7 @@ class KafkaBroker(Server):
 
     async def prepare(self) -> Launch:
         """Write the configuration and format the storage the first time. Raises ServerFailedError."""
-        (self.data_dir / "server.properties").write_text(self._configuration(), encoding="utf-8")
+        (self.data_dir / "server.properties").write_text(self.configuration(), encoding="utf-8")
         (self.data_dir / "log4j2.properties").write_text(LOGGING, encoding="ascii")
         temporary = self.data_dir / "tmp"  # unpacked native libraries; a killed broker leaves them
         shutil.rmtree(temporary, ignore_errors=True)
@@ -94,7 +97,7 @@ class KafkaBroker(Server):
         """Return whether the broker answers a metadata request and knows itself."""
         if not await accepts_connections(self.port):
             return False
-        client = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
+        client = AdminClient(self.client())
         try:
             metadata = await asyncio.to_thread(partial(client.list_topics, timeout=PROTOCOL_TIMEOUT_SECONDS))
         except KafkaException:
@@ -105,10 +108,10 @@ class KafkaBroker(Server):
         """Create the broker's own topics, which it does when first asked, while that client waits for 3 seconds."""
         compacted = {"cleanup.policy": "compact", "segment.bytes": "104857600"}
         topics = [
-            NewTopic("__consumer_offsets", INTERNAL_PARTITIONS, 1, config=compacted | {"compression.type": "producer"}),
-            NewTopic("__transaction_state", INTERNAL_PARTITIONS, 1, config=compacted | {"compression.type": "uncompressed"}),
+            NewTopic("__consumer_offsets", INTERNAL_PARTITIONS, self.replication, config=compacted | {"compression.type": "producer"}),
+            NewTopic("__transaction_state", INTERNAL_PARTITIONS, self.replication, config=compacted | {"compression.type": "uncompressed"}),
         ]
-        client = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
+        client = AdminClient(self.client())
 
         def create() -> None:
             existing = client.list_topics(timeout=PROTOCOL_TIMEOUT_SECONDS).topics
@@ -126,8 +129,16 @@ class KafkaBroker(Server):
     def _log_dir(self) -> Path:
         return self.data_dir / "data"
 
+    def client(self) -> dict[str, Any]:
+        """Return how a client that may do everything is configured."""
+        return {"bootstrap.servers": self.bootstrap_servers, "log_level": 0}
+
+    def format_arguments(self) -> Sequence[str]:
+        """Return how the storage is formatted the first time."""
+        return ("format", "--ignore-formatted", "-t", CLUSTER_ID, "-c", "server.properties")
+
     async def _format(self) -> None:
-        launch = self._launch("kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", CLUSTER_ID, "-c", "server.properties")
+        launch = self._launch("kafka.tools.StorageTool", *self.format_arguments())
         self.process = ManagedProcess(launch, log_path=self.data_dir / "format.log", pid_path=self.pid_path)
         try:
             code = await self.process.wait(FORMAT_DEADLINE_SECONDS)
@@ -138,7 +149,7 @@ class KafkaBroker(Server):
             raise self.failure(f"could not format its storage (exit code {code})")
 
     def _launch(self, main_class: str, *arguments: str, is_server: bool = False) -> Launch:
-        flags = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:-UsePerfData", "-Djava.io.tmpdir=tmp"]
+        flags = [f"-Xmx{self.heap_megabytes}m", "-XX:+UseSerialGC", "-XX:-UsePerfData", "-Djava.io.tmpdir=tmp"]
         flags.append("-Dlog4j2.configurationFile=log4j2.properties")
         flags += ["-Xlog:disable", "-Xlog:all=error:stderr", "--sun-misc-unsafe-memory-access=allow"]
         if self.start_cache and self.is_training:
@@ -154,7 +165,8 @@ class KafkaBroker(Server):
             is_idle=self.is_training,
         )
 
-    def _configuration(self) -> str:
+    def configuration(self) -> str:
+        """Return the broker's properties."""
         return f"""\
 process.roles=broker,controller
 node.id=1

@@ -91,17 +91,18 @@ class PostgresServer(Server):
         """Return whether it takes connections."""
         if not await accepts_connections(self.port):
             return False
-        return (await self._run(_binary("pg_isready"), "-q", "-h", LOOPBACK, "-p", str(self.port)))[0] == 0
+        return (await asyncio.to_thread(self._run, _binary("pg_isready"), "-q", "-h", LOOPBACK, "-p", str(self.port)))[0] == 0
 
     async def after_ready(self) -> None:
         """Make the database `notify` where it is missing."""
-        await self.create_database(DATABASE)
+        await asyncio.to_thread(self.make_database, DATABASE)
 
-    async def create_database(self, name: str) -> None:
-        """Make a database where it is missing. Raises ServerFailedError."""
-        code, said = await self._run(_binary("psql"), "-q", "-X", "-d", self.url_of("postgres"), "-c", f'CREATE DATABASE "{name}"')
+    def make_database(self, name: str) -> str:
+        """Make a database where it is missing, and return its URL. Blocks. Raises ServerFailedError."""
+        code, said = self._run(_binary("psql"), "-q", "-X", "-d", self.url_of("postgres"), "-c", f'CREATE DATABASE "{name}"')
         if code and "already exists" not in said:
             raise self.failure(f"did not make the database {name}: {said}")
+        return self.url_of(name)
 
     async def kill(self) -> None:
         """Kill it with -9 and return once its children, which notice by themselves, have gone too."""
@@ -143,12 +144,11 @@ class PostgresServer(Server):
         if code:
             raise StackError(f"initdb ended with exit code {code}. The last lines of {process.log_path} are:\n{process.log_tail()}")
 
-    async def _run(self, binary: Path, *arguments: str) -> tuple[int, str]:
+    def _run(self, binary: Path, *arguments: str) -> tuple[int, str]:
         """Return the exit code of a client program, and what it wrote to stderr."""
         try:
-            done = await asyncio.to_thread(
-                subprocess.run,
-                [binary, *arguments],
+            done = subprocess.run(  # noqa: S603 - our own argument list, no shell
+                [str(binary), *arguments],
                 env=inherited_environment(self._env),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,

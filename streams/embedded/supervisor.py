@@ -45,9 +45,9 @@ from streams.roles import Role
 
 # a process and the roles that share it
 GROUPS: Final[Mapping[str, tuple[Role, ...]]] = {
-    "routing": (Role.INGEST, Role.ROUTER),
+    "routing": (Role.INGEST, Role.STOCK, Role.ROUTER),
     "critical": (Role.SENDER_CRITICAL,),
-    "general": (Role.SENDER_NORMAL, Role.SENDER_BULK, Role.SIGNALS, Role.VIEWS),
+    "general": (Role.SENDER_NORMAL, Role.SENDER_BULK, Role.SIGNALS, Role.VIEWS, Role.STORE),
 }
 FIRST_DELAY_SECONDS: Final = 0.5
 LONGEST_DELAY_SECONDS: Final = 10.0

@@ -92,4 +92,4 @@ def _translated(error: BaseException) -> DatabaseUnavailableError | RefusedValue
     name = type(cause.__cause__ or cause).__name__
     if state[:2] in _REFUSED_CLASSES:
         return RefusedValueError(f"PostgreSQL refuses a value: {name}, SQLSTATE {state}")
-    return DatabaseUnavailableError(f"{name}{f', SQLSTATE {state}' if state else ''}")
+    return DatabaseUnavailableError(f"{name}{f', SQLSTATE {state}' if state else ''}", state=state)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import select, tuple_
+from sqlalchemy import Select, select, tuple_
 
 from agents.inbox import Notification, Shelf, moment_of
+from schemas.errors import DatabaseUnavailableError
 from streams.store.database import Database
 from streams.store.rows import clean
 from streams.store.tables import NOTIFICATION
@@ -14,6 +15,7 @@ from streams.store.tables import NOTIFICATION
 CONNECTIONS = 4
 # less than a worker waits for another one's answer; ending a connection to a server that hangs takes two more
 ANSWER_SECONDS = 2.5
+_NO_TABLE = "42P01"
 
 _SHELF = Shelf.INBOX.name.lower()
 _ROW = select(NOTIFICATION.c.notification_id, NOTIFICATION.c.document)
@@ -43,17 +45,23 @@ class History:
             place: tuple[datetime, str] = (moment_of(before[0]), before[1])
             wanted = wanted.where(tuple_(columns.created_at, columns.notification_id) < place)
         wanted = wanted.order_by(columns.created_at.desc(), columns.notification_id.desc()).offset(offset).limit(limit)
-        async with self._database.begin() as connection:
-            rows = (await connection.execute(wanted)).tuples()
-            found = [(notification_id, Notification.decode(document)) for notification_id, document in rows]
         # two absurd user ids may be cut to the same text
-        return [each for each in found if each[1].user_id == user_id]
+        return [each for each in await self._rows(wanted) if each[1].user_id == user_id]
 
     async def find(self, notification_id: str) -> Notification | None:
         """Return a notification by its id, None when there is none. Raises DatabaseUnavailableError."""
-        async with self._database.begin() as connection:
-            found = (await connection.execute(_ROW.where(NOTIFICATION.c.notification_id == notification_id))).first()
-        return None if found is None else Notification.decode(found.document)
+        found = await self._rows(_ROW.where(NOTIFICATION.c.notification_id == notification_id))
+        return found[0][1] if found else None
+
+    async def _rows(self, wanted: Select[str, bytes]) -> list[tuple[str, Notification]]:
+        try:
+            async with self._database.begin() as connection:
+                rows = await connection.execute(wanted)
+                return [(notification_id, Notification.decode(document)) for notification_id, document in rows]
+        except DatabaseUnavailableError as error:
+            if error.state == _NO_TABLE:  # no store has run yet: there is no history
+                return []
+            raise
 
     async def close(self) -> None:
         """Close every connection."""

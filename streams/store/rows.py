@@ -12,8 +12,23 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from sqlalchemy import Insert, Select, Table, TableValuedAlias, bindparam, column, delete, func, select, text, tuple_
-from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Insert,
+    Select,
+    Table,
+    TableValuedAlias,
+    bindparam,
+    cast,
+    column,
+    delete,
+    func,
+    select,
+    text,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, BIT, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agents.inbox import Notification, after_decision, after_status, moment_of
@@ -73,7 +88,7 @@ async def keep(
     rows: dict[str, _Row] = {}
     await take_turn()
     began = time.perf_counter()
-    for notification_id, document in found.tuples():
+    for notification_id, document in found:
         before = Notification.decode(document)
         rows[notification_id] = _Row(before, before)
     for number, record in enumerate(records):
@@ -97,6 +112,25 @@ async def keep(
     changed = {notification_id: row for notification_id, row in rows.items() if row.now is not None and row.now != row.before}
     await _write(connection, changed, kept)
     return kept
+
+
+async def remove(connection: AsyncConnection, partition: int, *, partitions: int, since: datetime | None) -> None:
+    """Delete the rows of one of `partitions` partitions of the users' topics, from `since` on; None: all. The lock has to be held."""
+    for table in (NOTIFICATION, DELIVERY):
+        removal = delete(table).where(_is_in(table, partition, partitions))
+        await connection.execute(removal if since is None else removal.where(table.c.created_at >= since))
+
+
+async def count(connection: AsyncConnection, partition: int, *, partitions: int) -> int:
+    """Return how many notifications of one of `partitions` partitions of the users' topics there are."""
+    counted = select(func.count()).select_from(NOTIFICATION).where(_is_in(NOTIFICATION, partition, partitions))
+    return (await connection.execute(counted)).scalar_one()
+
+
+def _is_in(table: Table, partition: int, partitions: int) -> ColumnElement[bool]:
+    # as `schemas.ids.partition_of_notification`: an id begins with the hash of its user id
+    user_hash = cast(cast("x" + func.left(table.c.notification_id, 8), BIT(32)), BigInteger)
+    return user_hash.op("&")(0x7FFFFFFF).op("%")(partitions) == partition
 
 
 async def _write(connection: AsyncConnection, changed: Mapping[str, _Row], kept: Kept) -> None:

@@ -21,7 +21,7 @@ class Cluster:
     """How to reach Kafka: bootstrap servers and whatever else every client is configured with."""
 
     bootstrap: str
-    extra: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold a password
 
     def config(self, **more: object) -> dict[str, Any]:
         """Return the configuration of a client, with `more` on top (underscores stand for dots)."""

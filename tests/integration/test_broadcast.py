@@ -63,9 +63,7 @@ def ends(made: System, topic: str) -> int:
     return sum(found.result().offset for found in made.admin.list_offsets(wanted).values())
 
 
-def test_two_hundred_thousand_watchers_are_told_once_each_although_the_router_is_killed_in_the_middle(
-    stack: Stack, tmp_path: Path
-) -> None:
+def test_two_hundred_thousand_watchers_are_told_once_each_although_the_router_is_killed_in_the_middle(stack: Stack, tmp_path: Path) -> None:
     with system(stack, tmp_path) as made:
         users = load_watchers(made, WATCHERS)
         router, stock = made.start("router"), made.start("stock")

@@ -26,11 +26,11 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, b
 from typer.testing import CliRunner, Result
 
 from schemas import examples, topics
-from schemas.codec import Codec
+from schemas.codec import Codec, unpack
 from schemas.errors import SettingsError
 from schemas.ids import notification_id, partition_of
-from schemas.messages import Command, DecisionRecord, NotificationRequested, UserKey, UserPreferences
-from schemas.sealed import KEY_BYTES, wrap
+from schemas.messages import Command, DecisionRecord, NotificationRequested, RequestData, UserKey, UserPreferences
+from schemas.sealed import KEY_BYTES, unseal, wrap
 from streams import provisioning
 from streams.cli import app, keys, provision
 from streams.cli.errors import CliError
@@ -94,8 +94,8 @@ def user() -> str:
 
 def read_all(settings: Settings, name: str) -> list[Message]:
     topic = physical(settings.env, name)
-    count = len(admin(settings.kafka).list_topics(topic, timeout=10).topics[topic].partitions)
-    with Reader(settings.kafka, topic, list(range(count))) as reader:
+    count = len(admin(settings.cluster).list_topics(topic, timeout=10).topics[topic].partitions)
+    with Reader(settings.cluster, topic, list(range(count))) as reader:
         return list(reader.to_end())
 
 
@@ -258,12 +258,19 @@ def test_a_topic_that_is_not_there_is_a_sentence(bare: dict[str, str]) -> None:
 
 def test_send_prints_the_id_under_which_the_notification_will_be_found(env: dict[str, str], settings: Settings, user: str) -> None:
     args = ("send", "--user", user, "--title", "Hello", "--message", "World", "--data", "a=b=c", "--idempotency-key", "k-1")
-    printed = run(env, *args).stdout.strip()
+    with router(settings):
+        printed = run(env, *args).stdout.strip()
     assert printed == notification_id(producer="cli", event_id="k-1", rule="message", user_id=user)
     (message,) = [message for message in read_all(settings, "requests.normal") if message.key() == user.encode()]
+    assert b"Hello" not in (message.value() or b"")
     with Wire(settings) as wire:
         request = wire.decode(message.value(), NotificationRequested)
-    assert (request.event_id, request.data) == ("k-1", {"title": "Hello", "message": "World", "a": "b=c"})
+        key = keys.find_key(settings, wire, user)
+    assert (request.event_id, request.data) == ("k-1", {})
+    assert key is not None
+    assert request.sealed is not None
+    said = unpack(unseal(key, request.sealed, user_id=user, purpose="request"), RequestData)
+    assert said.data == {"title": "Hello", "message": "World", "a": "b=c"}
 
 
 # ---- why
@@ -273,7 +280,7 @@ def test_why_shows_each_decision_about_the_event_and_no_others(env: dict[str, st
     example = cast("DecisionRecord", examples.example("DecisionRecord"))
     with Wire(settings) as wire:
         codec = codec_for(wire, topics.DECISIONS)
-    publisher = Publisher(settings.kafka)
+    publisher = Publisher(settings.cluster)
     for event, outcome in (("e-1", "notified"), ("e-2", "skipped"), ("e-1", "duplicate_of")):
         fields = {name: getattr(example, name) for name in example.__slots__}
         record = DecisionRecord(**{**fields, "user_id": user, "event_id": event, "outcome": outcome})
@@ -379,15 +386,15 @@ class SmallRouter(threading.Thread):
         self.asked: list[str] = []
         with Wire(settings) as wire:
             self.codec = codec_for(wire, topics.COMMANDS, topics.KEYS, topics.PREFERENCES)
-        with Reader(settings.kafka, physical(settings.env, topics.COMMANDS), [0, 1]) as reader:
+        with Reader(settings.cluster, physical(settings.env, topics.COMMANDS), [0, 1]) as reader:
             self.starts = {number: end for number, (_, end) in reader.sizes().items()}
         self.versions: dict[str, int] = {}
 
     def run(self) -> None:
-        with Reader(self.settings.kafka, physical(self.settings.env, topics.COMMANDS), self.starts) as reader:
+        with Reader(self.settings.cluster, physical(self.settings.env, topics.COMMANDS), self.starts) as reader:
             while not self.stopping.is_set():
                 records = reader.more(0.05)
-                publisher = Publisher(self.settings.kafka)
+                publisher = Publisher(self.settings.cluster)
                 for message in records:
                     self.answer(message, self.codec.decode(message.value(), Command), publisher)
                 publisher.require_all()

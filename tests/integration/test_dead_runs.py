@@ -35,7 +35,7 @@ def test_a_run_of_dead_letters_halts_its_input_and_loses_nothing(tally: System) 
     wait_for(lambda: tally.count(OUT) == len(before), seconds=30, what="the good ones before")
 
     tally.produce("tally.in", [*bad, *after])
-    status, answer = wait_for(lambda: (found := worker.get("/health/ready"))[0] == 503 and found, seconds=30, what="not ready")
+    _, answer = wait_for(lambda: (found := worker.get("/health/ready"))[0] == 503 and found, seconds=30, what="not ready")
     details = json.loads(answer)["details"]
     assert f"{LIMIT} dead letters in a row" in details["halted"]["tally.in"]
     assert "NOTIFY_DEAD_RUN_LIMIT=0" in details["halted"]["tally.in"]
@@ -48,7 +48,7 @@ def test_a_run_of_dead_letters_halts_its_input_and_loses_nothing(tally: System) 
     tally.produce("tally.urgent", urgent)
     wait_for(lambda: tally.count(OUT) == len(before) + len(urgent), seconds=15, what="the urgent ones")
     # a rebalance does not set it going again
-    other = tally.start(ROLE, name="b", module=MODULE)
+    other = tally.start(ROLE, name="b", module=MODULE, is_static=False)
     tally.await_ready(other, seconds=60)
     tally.stop(other)
     wait_for(

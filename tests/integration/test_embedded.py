@@ -277,7 +277,7 @@ async def test_a_port_in_use_is_named_with_its_process(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", choose_port())) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(PortInUseError, match=rf"port {port} is in use by pid {os.getpid()} \(.*the schema registry"):
-            await start_stack(tmp_path, ports=Ports(kafka=0, controller=0, registry=port, smtp=0, http=0))
+            await start_stack(tmp_path, ports=Ports(kafka=0, controller=0, registry=port, smtp=0, http=0, postgres=0))
         assert str(os.getpid()) in (describe_port_owner(port) or "")
     assert describe_port_owner(port) is None
 

@@ -8,19 +8,17 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 
 import pytest
 from fastavro import parse_schema
 
 from agents.stock import product_audience, warehouse_audience
 from schemas import topics
-from schemas.codec import frame, own_schema, pack
+from schemas.codec import frame
 from schemas.ids import delivery_id, digest, notification_id
 from schemas.messages import (
     Command,
-    DecisionRecord,
     Delivery,
     EngagementSignal,
     NotificationRequested,
@@ -120,9 +118,7 @@ def expected(run: str, rounds: range) -> dict[str, set[str]]:
         for product in range(PRODUCTS):
             for person in range(count):
                 found[lane].add(
-                    notification_id(
-                        producer="inventory", event_id=event_id(run, round_, product), rule=rule, user_id=f"{who}-{person}"
-                    )
+                    notification_id(producer="inventory", event_id=event_id(run, round_, product), rule=rule, user_id=f"{who}-{person}")
                 )
     return found
 
@@ -134,8 +130,9 @@ def kill_when_moved(made: System, role: str, records: int) -> Callable[[], Worke
 
     def kill() -> WorkerProcess:
         wait_for(lambda: worker.metric("notify_records_total") - base >= records, seconds=60, what=f"{role} moved {records}")
+        lives = worker.starts
         worker.kill()
-        wait_for(lambda: worker.process is not None and worker.process.poll() is None, seconds=10, what="its restart")
+        wait_for(lambda: worker.starts > lives, seconds=10, what="its restart")
         return worker
 
     return kill
@@ -184,7 +181,9 @@ def test_reads_are_told_once_although_signals_is_killed(running: System) -> None
     signals = [
         (
             b"reader",
-            EngagementSignal(signal_id=f"s{n}", notification_id=found, user_id="reader", engagement="read", at=START + timedelta(seconds=n)),
+            EngagementSignal(
+                signal_id=f"s{n}", notification_id=found, user_id="reader", engagement="read", at=START + timedelta(seconds=n)
+            ),
         )
         for n in range(2_000)
     ]
@@ -206,7 +205,9 @@ def test_reads_are_told_once_although_signals_is_killed(running: System) -> None
 def test_a_password_reset_and_a_strange_action_are_decided_each_in_its_way(running: System) -> None:
     running.load_preferences([{"userId": "forgetful", "email": "forgetful@example.com"}])
     actions = [
-        UserAction(action_id="reset-1", user_id="forgetful", action="password_reset_requested", data={"code": "123 456"}, occurred_at=START),
+        UserAction(
+            action_id="reset-1", user_id="forgetful", action="password_reset_requested", data={"code": "123 456"}, occurred_at=START
+        ),
         UserAction(action_id="dance-1", user_id="forgetful", action="danced", occurred_at=START),
     ]
     publish(running, topics.USER_ACTIONS, [(b"forgetful", action) for action in actions])
@@ -248,8 +249,7 @@ def test_groups_reset_to_the_beginning_repeat_nothing_in_any_role(running: Syste
     counts = {topic: running.count(topic) for topic in watched}
     tables = {topic: running.rows(topic) for topic in ("stock.level.levels", topics.WATCHES, "router.decide.watching")}
     mails = running.mails()
-    for role in ROLES:
-        running.stop(running.workers[f"{role}-a"])
+    running.stop(*(running.workers[f"{role}-a"] for role in ROLES))
     running.delete_groups(ROLES)
     for role in ROLES:
         running.start(role)

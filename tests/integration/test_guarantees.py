@@ -390,8 +390,7 @@ def test_groups_reset_to_the_beginning_repeat_nothing(running: System) -> None:
     mails = running.mails()
     counts = {topic: running.count(topic) for topic in ("decisions", "status", requests(Lane.NORMAL))}
     tables = {topic: running.rows(topic) for topic in ("views.project.inbox", "views.project.notifications", "router.decide.seen")}
-    for role in ROLES:
-        running.stop(running.workers[f"{role}-a"])
+    running.stop(*(running.workers[f"{role}-a"] for role in ROLES))
     running.delete_groups(ROLES)
     for role in ROLES:
         running.start(role)

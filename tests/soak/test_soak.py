@@ -1,17 +1,20 @@
-"""The long form of the crash test: `make soak`. SOAK_SECONDS (default 1,800) of payments under random faults."""
+"""What takes long: `make soak`. SOAK_SECONDS (default 1,800) of payments under random faults, and again as a whole day."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import random
 import signal
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from schemas.ids import notification_id
@@ -23,7 +26,11 @@ from tests.harness import System, WorkerProcess, system, wait_for
 SECONDS = float(os.environ.get("SOAK_SECONDS", "1800"))
 USERS = 500
 BATCH_EVENTS = 500
-ROLES = ("ingest", "router", "sender-normal", "sender-critical", "signals", "views")
+ROLES = ("ingest", "router", "sender-normal", "sender-critical", "delay", "signals", "views", "store")
+DAY_ROLES = ("ingest", "router", "sender-normal", "delay", "signals", "views", "store")
+HOURS = 24
+DAY_EVENTS_PER_SECOND = 60
+STEP_SECONDS = 2.0
 
 
 def flat(number: int) -> dict[str, object]:
@@ -96,3 +103,129 @@ def test_faults_at_random_for_a_long_time_lose_nothing(stack: Stack, tmp_path: P
         assert deliveries == dict.fromkeys(mailed, 1)
         assert set(queued.values()) == {1}
         assert mails.total() - sent <= 32 * (kills + done["broker"] * 3)
+
+
+@dataclass
+class Sample:
+    """What a day's traffic had cost at one moment, by worker and table. Memory in MiB."""
+
+    hour: float
+    memory: dict[str, float]
+    rows: dict[str, float]
+    log_bytes: int
+
+
+def day_rate(hour: float) -> float:
+    """Return how busy an hour of the day is, 1 on average: little at four in the morning, most at four in the afternoon."""
+    return 1 + 0.8 * math.sin((hour - 10) / 24 * 2 * math.pi)
+
+
+def sampled(made: System, stack: Stack, hour: float) -> Sample:
+    memory: dict[str, float] = {}
+    rows: dict[str, float] = {}
+    for name, worker in made.workers.items():
+        assert worker.process is not None
+        memory[name] = psutil.Process(worker.process.pid).memory_info().rss / 2**20
+        for line in worker.get("/metrics")[1].decode().splitlines():
+            if line.startswith("notify_table_rows{"):
+                head, _, value = line.rpartition(" ")
+                rows[f"{name.rsplit('-', 1)[0]} {head.split(chr(34))[1]}"] = float(value)
+    log_bytes = sum(path.stat().st_size for path in stack.data_dir.glob(f"**/notify.{made.name}.*/*.log"))
+    return Sample(hour, memory, rows, log_bytes)
+
+
+def plot(samples: list[Sample], path: Path) -> None:
+    """Draw memory, rows and log over the day."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    hours = [sample.hour for sample in samples]
+    figure, axes = plt.subplots(3, 1, figsize=(9, 11), sharex=True, layout="constrained")
+    for name in samples[-1].memory:
+        axes[0].plot(hours, [sample.memory.get(name, float("nan")) for sample in samples], label=name.removesuffix("-a"))
+    axes[0].set_ylabel("resident memory, MiB")
+    for table in sorted(samples[-1].rows):
+        if not table.endswith("progress") and max(sample.rows.get(table, 0) for sample in samples) > 0:
+            axes[1].plot(hours, [sample.rows.get(table, 0) for sample in samples], label=table)
+    axes[1].set_ylabel("rows")
+    axes[2].plot(hours, [sample.log_bytes / 2**20 for sample in samples], color="black")
+    axes[2].set_ylabel("log of the environment's topics, MiB")
+    axes[2].set_xlabel("simulated hour")
+    for axis in axes[:2]:
+        axis.legend(fontsize=7, ncols=3)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(SECONDS + 900)
+def test_a_day_of_traffic_leaves_memory_and_state_bounded(stack: Stack, tmp_path: Path) -> None:
+    """Twenty-four hours of the day's ups and downs within SOAK_SECONDS; the dedupe window shrinks in proportion, to two hours."""
+    window_seconds = SECONDS * 2 / HOURS
+    with system(stack, tmp_path) as made:
+        for role in DAY_ROLES:
+            made.start(role, NOTIFY_DEDUPE_DAYS=f"{max(60.0, window_seconds) / 86_400:.6f}")
+        made.await_ready(seconds=180)
+        made.load_preferences({"userId": f"soak-{i}", "email": f"soak-{i}@example.com"} for i in range(USERS))
+        samples: list[Sample] = []
+        began = time.monotonic()
+        sent = 0
+        for step in range(round(SECONDS / STEP_SECONDS)):
+            hour = step * STEP_SECONDS * HOURS / SECONDS
+            count = round(DAY_EVENTS_PER_SECOND * day_rate(hour) * STEP_SECONDS)
+            made.produce("payments", made.frame_payments(flat(i) for i in range(sent, sent + count)))
+            sent += count
+            if not samples or hour - samples[-1].hour >= HOURS / 150:
+                samples.append(sampled(made, stack, hour))
+            # the schedule of the day, not a wait for anything
+            threading.Event().wait(max(0.0, began + (step + 1) * STEP_SECONDS - time.monotonic()))
+        ids = {
+            notification_id(
+                producer="payments", event_id=f"payment:soak-pay-{i}:confirmed", rule="payment_confirmed", user_id=f"soak-{i % USERS}"
+            )
+            for i in range(sent)
+        }
+        mailed = {f"{found}-email" for found in ids}
+        wait_for(lambda: mailed <= made.mails().keys(), seconds=600, what="every mail")
+        samples.append(sampled(made, stack, HOURS))
+        plot(samples, Path(os.environ.get("SOAK_PLOT", tmp_path / "soak.png")))
+        mails = Counter({found: n for found, n in made.mails().items() if found in mailed})
+        middle, end = (samples[len(samples) * part // 10 :][: len(samples) // 5] for part in (4, 8))
+        print(f"\nday: {sent} events, lost 0, doubled {mails.total() - sent}")
+        for name in samples[-1].memory:
+            before, after = (max(sample.memory.get(name, 0) for sample in each) for each in (middle, end))
+            print(f"day: {name}: {before:.0f} MiB by the middle, {after:.0f} MiB at the end")
+            assert after < before * 1.25 + 16, f"{name} grows"
+        peak = DAY_EVENTS_PER_SECOND * 1.8 * max(60.0, window_seconds)
+        seen = max(sample.rows["router decide.seen"] for sample in samples)
+        attempts = max(sample.rows["sender-normal send.attempts"] for sample in samples)
+        print(f"day: at most {seen:.0f} ids seen, {attempts:.0f} attempts, in a window that sees at most {peak:.0f} events")
+        assert seen < 2 * peak
+        assert attempts < 2 * 2 * peak
+        assert mails.total() == sent
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_database_away_for_a_minute_stops_nothing_and_is_caught_up_with(stack: Stack, tmp_path: Path) -> None:
+    assert stack.postgres_process is not None
+    with system(stack, tmp_path) as made:
+        for role in DAY_ROLES:
+            made.start(role)
+        made.await_ready(seconds=180)
+        made.load_preferences({"userId": f"soak-{i}", "email": f"soak-{i}@example.com"} for i in range(USERS))
+        asyncio.run(stack.postgres_process.kill())
+        try:
+            made.produce("payments", made.frame_payments(flat(i) for i in range(3_000)))
+            wait_for(lambda: len(made.mails()) >= 3_000, seconds=60, what="every mail while the database is away")
+            threading.Event().wait(60)
+            assert made.workers["store-a"].process is not None
+            assert made.workers["store-a"].process.poll() is None, "the store waits, it does not end"
+        finally:
+            asyncio.run(stack.postgres_process.start())
+        wait_for(lambda: made.workers["store-a"].metric("notify_lag_records") == 0, seconds=120, what="the store at the end of the log")

@@ -33,7 +33,7 @@ from streams.cli.dead import hexdump
 from streams.cli.errors import CliError
 from streams.cli.lines import Lines
 from streams.cli.preferences import Wish, mask, parse_choices, parse_wish
-from streams.cli.produce import find_public, payment_key
+from streams.cli.produce import event_key, find_public
 from streams.cli.send import build_request
 from streams.cli.trail import render_trail
 from streams.settings import CLIENT_NEEDS
@@ -201,7 +201,7 @@ def test_only_the_own_file_is_removed(home: dict[str, str], ended_pid: int) -> N
 
 COMMANDS = (
     *("produce", "send", "trail", "why", "user", "token", "doctor"),
-    *("prefs get", "prefs set", "prefs load", "topics ensure", "dlq list", "dlq show"),
+    *("prefs get", "prefs set", "prefs load", "topics ensure", "dlq list", "dlq show", "dlq redrive"),
 )
 
 
@@ -301,6 +301,7 @@ def test_a_missing_field_is_named() -> None:
 
 def test_a_topic_goes_by_its_full_and_its_short_name() -> None:
     assert find_public("dev", "payments") == find_public("dev", "payments.dev.events")
+    assert find_public("dev", "actions") == find_public("dev", "notify.dev.user-actions")
     assert find_public("dev", "requests.bulk") == find_public("dev", "notify.dev.requests.bulk")
 
 
@@ -311,11 +312,17 @@ def test_nobody_but_its_writer_publishes_to_a_topic_of_the_service(topic: str) -
 
 
 def test_a_payment_is_keyed_by_its_id_wherever_that_stands() -> None:
-    assert payment_key({"eventId": "e", "data": {"paymentId": "p"}}) == "p"
-    assert payment_key({"paymentId": "p", "transactionId": "t"}) == "p"
-    assert payment_key({"id": "p"}) == "p"
+    assert event_key("payments", {"eventId": "e", "data": {"paymentId": "p"}}) == "p"
+    assert event_key("payments", {"paymentId": "p", "transactionId": "t"}) == "p"
+    assert event_key("payments", {"id": "p"}) == "p"
     with pytest.raises(InvalidEventError):
-        payment_key({"amount": 1})
+        event_key("payments", {"amount": 1})
+
+
+def test_an_adjustment_is_keyed_by_its_product_else_its_sku() -> None:
+    assert event_key("inventory", {"eventId": "e", "data": {"productId": "p", "sku": "s"}}) == "p"
+    assert event_key("inventory", {"event_id": "e", "product_id": "p"}) == "p"
+    assert event_key("inventory", {"eventId": "e", "sku": "s"}) == "s"
 
 
 def test_the_same_key_is_the_same_notification_and_no_key_is_another_each_time() -> None:

@@ -44,6 +44,7 @@ PARTITIONS = 4
 HERE = partition_of(USER.encode(), PARTITIONS)
 CODEC = Codec({kind.__name__: number for number, kind in enumerate((UserKey, UserPreferences, Watch), start=1)}, {})
 CONTROL: dict[str, ControlEntry] = {}
+ORDERS = Control(CONTROL.get, seal_key=SEAL_KEY)
 ROUTER = Router(
     templates=Templates(),
     codec=CODEC,
@@ -51,7 +52,7 @@ ROUTER = Router(
     new_key=lambda: b"k" * 32,
     partitions=PARTITIONS,
     dedupe_seconds=7 * 86_400,
-    control=Control(CONTROL.get, seal_key=SEAL_KEY),
+    control=ORDERS,
 )
 
 
@@ -271,7 +272,7 @@ def test_the_table_of_ids_forgets_what_is_past_its_window(gaps_hours: list[int])
 
 def watchers(desk: Desk, count: int, audience: str = "product:p1") -> list[str]:
     """Let `count` users of this partition watch; return their ids in order."""
-    users = []
+    users: list[str] = []
     number = 0
     while len(users) < count:
         user = f"w{number}"
@@ -385,7 +386,7 @@ def test_a_request_that_no_rule_is_known_for_is_decided_visibly_and_once() -> No
 def test_what_is_recalled_is_cancelled_and_a_suppressed_address_is_skipped_with_its_cause() -> None:
     desk = Desk()
     desk.reach(email="a@example.com")
-    suppression = ControlEntry(scope=ROUTER.control.scope_of("email", "A@example.com"), reason="hard bounce", issued_at=NOW)
+    suppression = ControlEntry(scope=ORDERS.scope_of("email", "A@example.com"), reason="hard bounce", issued_at=NOW)
     recall = ControlEntry(scope="recall:event:test:e2", reason="wrong price", issued_at=NOW)
     CONTROL.update({entry.scope: entry for entry in (suppression, recall)})
     try:

@@ -483,6 +483,7 @@ def test_the_flat_schema_has_every_property_of_the_contract() -> None:
 def test_preferences_exist_for_the_users_of_the_samples() -> None:
     known = {user["userId"] for user in samples("preferences")}
     named = {payment.get("userId") or payment.get("data", {}).get("customerId") for payment in PAYMENTS}
+    named |= {each["userId"] for stem in ("actions", "watches") for each in samples(stem)}
     assert known == named - {None}
     assert all(user["email"].endswith(("@example.com", "@flowmart.example")) for user in samples("preferences"))
 
@@ -543,4 +544,32 @@ def test_each_schema_has_a_subject_of_its_own() -> None:
     assert [schema.subject("payments.dev.events") for schema in ForeignSchema] == [
         "payments.dev.events-com.flowmart.payments.PaymentProcessed",
         "payments.dev.events-com.flowmart.payments.PaymentProcessedEnvelope",
+        "payments.dev.events-com.flowmart.inventory.InventoryAdjusted",
+        "payments.dev.events-com.flowmart.inventory.InventoryAdjustedEnvelope",
+        "payments.dev.events-com.flowmart.inventory.v1.inventory_adjusted",
     ]
+
+
+# adjustments of inventory as producers write them
+
+ADJUSTMENTS = samples("inventory")
+CONTRACT_ADJUSTMENT = json.loads((CONTRACTS / "InventoryAdjusted.example.json").read_text())
+
+
+def _adjustment_as_read(adjustment: dict[str, Any]) -> object:
+    shape = producing.choose_inventory(adjustment)
+    reader = Codec({}, {1: producing.parsed(shape)})
+    return _without_nulls(reader.decode_foreign(codec.frame(1, producing.parsed(shape), producing.to_record(shape, adjustment))))
+
+
+@pytest.mark.parametrize("adjustment", [CONTRACT_ADJUSTMENT, *ADJUSTMENTS])
+def test_each_adjustment_arrives_as_it_was_sent(adjustment: dict[str, Any]) -> None:
+    assert _adjustment_as_read(adjustment) == adjustment
+
+
+def test_the_sample_adjustments_come_in_all_three_shapes() -> None:
+    assert {producing.choose_inventory(each) for each in ADJUSTMENTS} == {
+        ForeignSchema.INVENTORY_FLAT,
+        ForeignSchema.INVENTORY_ENVELOPED,
+        ForeignSchema.INVENTORY_SNAKE,
+    }

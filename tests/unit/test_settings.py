@@ -99,7 +99,6 @@ def test_a_sender_needs_the_mail_server_and_no_other_role_does(lane: Lane) -> No
         ("NOTIFY_PARTITIONS", 1, 10_000),
         ("NOTIFY_INBOUND_PARTITIONS", 1, 10_000),
         ("NOTIFY_REPLICATION", 1, 9),
-        ("NOTIFY_DEDUPE_DAYS", 1, 365),
         ("NOTIFY_SESSION_TIMEOUT_SECONDS", 6, 300),
         ("NOTIFY_MAX_OPEN_ATTEMPTS", 1, 1_000),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -170,7 +171,7 @@ def test_the_level_is_kept_by_warehouse() -> None:
 
 def test_out_of_stock_has_the_names_of_its_contract_and_falls_back_to_the_sku() -> None:
     warehouse = Warehouse()
-    more = {"productId": None, "sku": "LES-42", "orderId": "ord_1", "metadata": {"correlationId": "c-1"}}
+    more: dict[str, Any] = {"productId": None, "sku": "LES-42", "orderId": "ord_1", "metadata": {"correlationId": "c-1"}}
     (event,) = of(OutOfStock, warehouse.adjust("e1", 1, 0, **more))
     assert (event.product_id, event.sku, event.previous_quantity, event.current_quantity) == ("LES-42", "LES-42", 1, 0)
     assert (event.event_type, event.last_sold_order_id, event.metadata["correlationId"]) == ("OutOfStock", "ord_1", "c-1")
@@ -215,4 +216,4 @@ def test_a_product_on_a_strange_partition_is_put_on_its_own() -> None:
 def test_news_alternate_between_running_out_and_coming_back(levels: list[int]) -> None:
     found = [transition(before, after, 10) for before, after in zip([None, *levels], levels, strict=False)]
     told = [rule.name for rule in found if rule is not None and rule is not RULES["low_stock"]]
-    assert all(a != b for a, b in zip(told, told[1:], strict=False))
+    assert all(a != b for a, b in itertools.pairwise(told))

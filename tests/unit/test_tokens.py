@@ -37,6 +37,26 @@ def test_a_token_without_a_user_is_a_service() -> None:
     assert caller.may_see("anybody")
 
 
+def test_a_service_may_have_a_name_and_no_user_has_its_subject() -> None:
+    orders = verify(KEY, "Bearer " + issue(KEY, user_id=None, service="orders"))
+
+    assert orders == Caller(user_id=None, is_service=True, service="orders")
+    assert (orders.subject, verify(KEY, "Bearer " + issue(KEY, user_id=None)).subject) == ("service:orders", "service:")
+    assert verify(KEY, "Bearer " + issue(KEY, user_id="orders")).subject == "user:orders"
+
+
+@pytest.mark.parametrize(("user", "name"), [("user-1", "orders"), (None, ""), (None, "a b"), (None, "x" * 64)])
+def test_a_name_that_is_none_gets_no_token(user: str | None, name: str) -> None:
+    with pytest.raises(ValueError, match="service's name"):
+        issue(KEY, user_id=user, service=name)
+
+
+@pytest.mark.parametrize("changes", [{"client_id": "orders"}, {"sub": None, "scope": "service", "client_id": "a b"}])
+def test_a_token_whose_service_is_no_name_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(UnauthorizedError):
+        verify(KEY, signed(**changes))
+
+
 def test_clocks_may_differ_a_little() -> None:
     assert verify(KEY, "Bearer " + issue(KEY, user_id="user-1", lifetime_seconds=-LEEWAY_SECONDS + 3)).user_id == "user-1"
 

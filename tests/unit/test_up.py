@@ -8,9 +8,9 @@ from uuid import UUID
 
 import pytest
 
-from schemas import examples, producing
+from schemas import examples, producing, topics
 from schemas.ids import is_notification_id
-from streams.cli.samples import expected, fresh
+from streams.cli.samples import NO_RULE_MATCHED, NOTIFIED, Played, expected, expected_of_action, expected_of_stock, fresh
 from streams.cli.trails import is_over, succeeded
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -42,6 +42,20 @@ def test_every_sample_but_the_one_without_a_user_becomes_a_notification() -> Non
     assert [each is not None and is_notification_id(each) for each in found] == [True, True, True, True, False]
 
 
+def test_the_sample_stock_runs_out_comes_back_and_runs_low_and_else_matches_nothing_in_every_run() -> None:
+    levels: dict[str, int] = {}
+    for run in ("a", "b"):
+        found = [stocked(fresh(sample, run=run, now=NOW), levels) for sample in examples.samples("inventory")]
+        assert [each.outcome for each in found] == [NO_RULE_MATCHED, NOTIFIED, NOTIFIED, NO_RULE_MATCHED, NOTIFIED]
+        assert len({each.notification for each in found}) == 5
+
+
+def test_each_sample_action_is_told() -> None:
+    found = [expected_of_action(PLAYED, fresh(sample, run="a", now=NOW)) for sample in examples.samples("actions")]
+    assert [each.outcome for each in found] == [NOTIFIED, NOTIFIED]
+    assert expected_of_action(PLAYED, {"actionId": "a", "userId": "u", "action": "danced"}).outcome == NO_RULE_MATCHED
+
+
 @pytest.mark.parametrize(
     ("in_app", "email", "over", "good"),
     [
@@ -60,6 +74,10 @@ def test_a_trail_is_over_when_every_chosen_channel_waits_for_nobody(in_app: str,
     assert (is_over(document), succeeded(document)) == (over, good)
 
 
+def test_a_mail_alone_is_a_success_where_no_other_channel_was_chosen() -> None:
+    assert (is_over(trail(email="sent")), succeeded(trail(email="sent"))) == (True, True)
+
+
 def test_a_trail_without_a_decision_goes_on() -> None:
     assert not is_over({"decision": None, "deliveries": []})
 
@@ -67,6 +85,14 @@ def test_a_trail_without_a_decision_goes_on() -> None:
 def test_a_skipped_notification_is_over_but_no_success() -> None:
     document = {"decision": {"outcome": "skipped", "channels": []}, "deliveries": []}
     assert (is_over(document), succeeded(document)) == (True, False)
+
+
+PLAYED = Played(number=1, topic=topics.INVENTORY, key="", raw=b"", about="", notification=None)
+
+
+def stocked(adjustment: dict[str, Any], levels: dict[str, int]) -> Played:
+    record = producing.to_record(producing.choose_inventory(adjustment), adjustment)
+    return expected_of_stock(PLAYED, record, levels)
 
 
 def notification_of(payment: dict[str, Any]) -> str | None:

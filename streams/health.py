@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 
@@ -64,7 +65,9 @@ class HealthWatch:
             lag[place] = max(0, high - position)
             tools.metrics.lag.labels(lane.topic, place[1]).set(lag[place])
             before = self._moved.get(place)
-            if before is None or before[0] != position or not lag[place]:
+            # held back until it is due: nothing is stuck
+            is_early = 0 < lane.wait_seconds(time.time()) < math.inf
+            if before is None or before[0] != position or not lag[place] or is_early:
                 self._moved[place] = (position, now)
         self._lag = lag
         self._moved = {place: moved for place, moved in self._moved.items() if place in lanes}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,7 @@ class RegistrySecurity:
             yield f"{prefix}{name} is set, but {prefix}URL does not begin with https://, so it would not be used"
 
 
+@cache  # one token for all clients of the process
 def msk_tokens(region: str) -> TokenSource:
     """Return a source of tokens for Amazon MSK in `region`, signed with what Amazon's own chain finds (environment, profile, role).
 

@@ -23,6 +23,7 @@ from itertools import islice
 
 from agents.control import Control
 from agents.ports import BY_KEY, Output
+from agents.receipts import report_key
 from agents.retries import tier_for
 from agents.sender import Attempt, AttemptState, End, Recalled, Verdict, backoff_seconds, plan, verdict
 from channels.base import Channel, Receipt
@@ -229,7 +230,7 @@ class SendingShard(Shard):
             unfinished[offset] = True
             return
         left = how.not_before_ms / 1000 - time.time()
-        if left > 0 and (deferred := self._delayed(job, left)) is not None:
+        if left > 0 and (deferred := self._delayed(job, left, attempt=job.number)) is not None:
             unfinished[offset] = True
             self._deferred.append(deferred)
             return
@@ -248,13 +249,13 @@ class SendingShard(Shard):
         """Let a delivery wait in memory."""
         heapq.heappush(self._outgoing[job.delivery.channel].waiting, (time.monotonic() + seconds, next(self._order), job))
 
-    def _delayed(self, job: Job, seconds: float) -> tuple[Output, bytes] | None:
-        """Return the record that brings a delivery back for attempt `job.number` in `seconds`; None: it has to wait here."""
+    def _delayed(self, job: Job, seconds: float, *, attempt: int) -> tuple[Output, bytes] | None:
+        """Return the record that brings a delivery back for `attempt` in `seconds`; None: it has to wait here."""
         tier = tier_for(seconds, self._providers.tiers_seconds)
         if tier is None:
             return None
         delivery = job.delivery
-        later = replace(delivery, attempt=job.number, not_before=datetime.now(UTC) + timedelta(seconds=seconds))
+        later = replace(delivery, attempt=attempt, not_before=datetime.now(UTC) + timedelta(seconds=seconds))
         output = Output(topics.retry(job.lane.topic.rpartition(".")[2], tier), delivery.user_id.encode(), later)
         try:
             return output, self.encode(output)
@@ -347,6 +348,7 @@ class SendingShard(Shard):
     def _record_cut_off(self, job: Job, now: datetime) -> None:
         if job.cut_off is not None:
             self._publish_status(job, Verdict(status=Status.UNKNOWN, reason="cut_off"), now, attempt=job.cut_off)
+            self._publish_reference(job, None, now, attempt=job.cut_off)
             job.cut_off = None
 
     def _record_end(self, job: Job, end: End, now: datetime) -> None:
@@ -361,6 +363,8 @@ class SendingShard(Shard):
             self._record_cut_off(job, now)
             job.number -= 1
         self._publish_status(job, found, now, attempt=job.number)
+        if found.status in {Status.SENT, Status.UNKNOWN}:
+            self._publish_reference(job, end if isinstance(end, Receipt) else None, now, attempt=job.number)
         self._count(job, found, now)
         if found.wait_seconds is None:
             if found.is_exhausted:
@@ -375,14 +379,15 @@ class SendingShard(Shard):
             wait = self._hold(out, channel, found, job)
         else:
             job.failures += 1
-        next_number = job.number + 1
-        delayed = None if found.holds_channel else self._delayed(_numbered(job, next_number), wait)
+        delayed = None if found.holds_channel else self._delayed(job, wait, attempt=job.number + 1)
         if delayed is not None:
             self.publish(*delayed)
             self._finish(job, AttemptState.DELAYED, now)
             return
-        self._put_attempt(job, AttemptState.WAITING, now, not_before=now + timedelta(seconds=wait))
-        job.number = next_number
+        # after a restart only what was asked for is waited for: the provider may be back
+        asked = found.wait_seconds
+        self._put_attempt(job, AttemptState.WAITING, now, not_before=now + timedelta(seconds=asked))
+        job.number += 1
         if not self.is_draining:
             self._keep(job, wait)
 
@@ -437,7 +442,6 @@ class SendingShard(Shard):
 
     def _publish_status(self, job: Job, found: Verdict, now: datetime, *, attempt: int) -> None:
         delivery = job.delivery
-        channel = self._providers.channels[delivery.channel]
         change = StatusChange(
             notification_id=delivery.notification_id,
             delivery_id=delivery.delivery_id,
@@ -447,26 +451,24 @@ class SendingShard(Shard):
             reason=found.reason,
             channel=delivery.channel,
             lane=delivery.lane,
-            provider=channel.provider,
+            # attempt 0: nobody was asked
+            provider=self._providers.channels[delivery.channel].provider if attempt else None,
             reference=found.reference,
             generation=delivery.generation,
             attempt=attempt,
             at=now,
         )
         self.publish(Output(topics.STATUS, delivery.user_id.encode(), change), self.tools.encoder.encode(change))
-        if found.status not in {Status.SENT, Status.UNKNOWN}:
-            return
-        receipt = None
-        if found.status is Status.SENT:
-            receipt = Receipt(provider=channel.provider, status=Status.SENT, reference=found.reference)
-        reference = channel.reference_of(delivery, receipt)
-        if reference is not None:
-            self._publish_reference(delivery, channel.provider, reference, attempt, now)
 
-    def _publish_reference(self, delivery: Delivery, provider: str, reference: str, attempt: int, now: datetime) -> None:
-        """Say whom the provider's later reports belong to."""
+    def _publish_reference(self, job: Job, receipt: Receipt | None, now: datetime, *, attempt: int) -> None:
+        """Say whom the provider's later reports belong to, if any come."""
+        delivery = job.delivery
+        channel = self._providers.channels[delivery.channel]
+        reference = channel.reference_of(delivery, receipt)
+        if reference is None:
+            return
         known = ProviderReference(
-            provider=provider,
+            provider=channel.provider,
             reference=reference,
             notification_id=delivery.notification_id,
             delivery_id=delivery.delivery_id,
@@ -477,7 +479,7 @@ class SendingShard(Shard):
             attempt=attempt,
             at=now,
         )
-        output = Output(topics.PROVIDER_REFS, report_key(provider, reference), known, BY_KEY)
+        output = Output(topics.PROVIDER_REFS, report_key(channel.provider, reference), known, BY_KEY)
         self.publish(output, self.tools.encoder.encode(known))
 
     def _move_watermarks(self) -> dict[str, tuple[int, int]]:
@@ -552,6 +554,3 @@ class SendingShard(Shard):
             if out.ready and out.held_until > now:
                 yield out.held_until
 
-
-def _numbered(job: Job, number: int) -> Job:
-    return replace(job, number=number)

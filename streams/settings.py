@@ -74,8 +74,8 @@ class Settings:
 
     @property
     def cluster(self) -> Cluster:
-        """How every client of this worker or command reaches Kafka. Raises SettingsError when what MSK needs is not installed."""
-        return Cluster(bootstrap=self.kafka, extra=self.kafka_security.librdkafka())
+        """How every client of this worker or command reaches Kafka."""
+        return Cluster(bootstrap=self.kafka, security=self.kafka_security)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str], *, needs: frozenset[str] = frozenset()) -> Settings:

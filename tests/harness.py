@@ -332,10 +332,8 @@ class System:
         for adjustment in adjustments:
             shape = choose_inventory(adjustment)
             if shape not in self._foreign:
-                self._foreign[shape] = (
-                    self.register(f"{self.topic('inventory')}-{shape}", shape.text),
-                    parse_schema(json.loads(shape.text)),
-                )
+                schema_id = self.register(f"{self.topic('inventory')}-{shape}", shape.text)
+                self._foreign[shape] = (schema_id, parse_schema(json.loads(shape.text)))
             schema_id, schema = self._foreign[shape]
             found.append((event_key("inventory", adjustment).encode(), frame(schema_id, schema, to_record(shape, adjustment))))
         return found
@@ -367,7 +365,7 @@ class System:
         except OSError:
             return 0, None
 
-    def ask(  # noqa: PLR0913 - one parameter a part of the request
+    def ask(
         self,
         path: str,
         body: object = None,
@@ -378,7 +376,7 @@ class System:
         headers: Mapping[str, str] | None = None,
         worker: str = "views-a",
     ) -> tuple[int, Mapping[str, str], Any]:
-        """Send JSON (bytes as they are) to a worker of role views; return status, headers and JSON of the answer. `user` None: as a service."""
+        """Send JSON (bytes as they are) to a worker of role views, `user` None: as a service; return status, headers and JSON."""
         content = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
         token = issue(self.settings.token_key, user_id=user, service=service)
         sent = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", **(headers or {})}

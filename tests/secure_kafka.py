@@ -87,7 +87,7 @@ class SecureBroker(KafkaBroker):
 
     def cluster(self, user: str, password: str, *, listener: str = "SCRAM") -> Cluster:
         """Return how `user` reaches the broker with SCRAM."""
-        return Cluster(bootstrap=f"{LOOPBACK}:{self.heard[listener]}", extra=self.security(user, password).librdkafka())
+        return Cluster(bootstrap=f"{LOOPBACK}:{self.heard[listener]}", security=self.security(user, password))
 
     def security(self, user: str, password: str) -> KafkaSecurity:
         tls = Tls(ca_file=self.authority.file)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from streams.security import KafkaSecurity
+
 log = logging.getLogger(__name__)
 
 # the exit code of a worker that left because it was fenced or could not go on; a supervisor starts it again
@@ -21,10 +23,14 @@ class Cluster:
     """How to reach Kafka: bootstrap servers and whatever else every client is configured with."""
 
     bootstrap: str
-    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold a password
+    security: KafkaSecurity = KafkaSecurity()
+    extra: Mapping[str, object] = field(default_factory=dict)
 
     def config(self, **more: object) -> dict[str, Any]:
-        """Return the configuration of a client, with `more` on top (underscores stand for dots)."""
+        """Return the configuration of a client, with `more` on top (underscores stand for dots).
+
+        Raises SettingsError when what the security needs is not installed.
+        """
         return {
             "bootstrap.servers": self.bootstrap,
             "log_level": 3,
@@ -32,6 +38,7 @@ class Cluster:
             "reconnect.backoff.ms": 50,
             "reconnect.backoff.max.ms": 1_000,
             "logger": RateLimited(logging.getLogger("streams.librdkafka"), seconds=30.0),
+            **self.security.librdkafka(),
             **self.extra,
             **{name.replace("_", "."): value for name, value in more.items()},
         }

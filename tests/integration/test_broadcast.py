@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from confluent_kafka import TopicPartition
-from confluent_kafka.admin import OffsetSpec
+from confluent_kafka.admin._listoffsets import OffsetSpec
 
 from schemas import topics
 from schemas.codec import unpack

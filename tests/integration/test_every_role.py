@@ -6,7 +6,7 @@ import json
 import random
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 
@@ -21,6 +21,7 @@ from schemas.messages import (
     Command,
     Delivery,
     EngagementSignal,
+    Message,
     NotificationRequested,
     OutOfStock,
     StatusChange,
@@ -73,11 +74,11 @@ def command(user: str, audience: str) -> tuple[bytes, Command]:
     return user.encode(), Command(command_id=number, user_id=user, kind="watch", audience=audience, issued_at=START)
 
 
-def publish(made: System, topic: str, records: list[tuple[bytes, object]]) -> None:
+def publish(made: System, topic: str, records: Sequence[tuple[bytes, Message]]) -> None:
     """Publish messages to one of our own topics."""
     with Wire(made.settings) as wire:
         codec = wire.codec([spec for spec in specs() if spec.name == topic])
-    made.produce(topic, [(key, codec.encode(message)) for key, message in records])  # type: ignore[arg-type]  # any of our messages
+    made.produce(topic, [(key, codec.encode(message)) for key, message in records])
 
 
 @cache
@@ -177,7 +178,7 @@ def test_stock_broadcasts_and_both_other_senders_survive_kills(running: System) 
 
 
 def test_reads_are_told_once_although_signals_is_killed(running: System) -> None:
-    (found,) = (each for each in [notification_id(producer="t", event_id="e", rule="message", user_id="reader")])
+    found = notification_id(producer="t", event_id="e", rule="message", user_id="reader")
     signals = [
         (
             b"reader",

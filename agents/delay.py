@@ -29,9 +29,7 @@ class Delay:
 
     def __post_init__(self) -> None:
         places = {
-            topics.retry(lane, tier): (lane, seconds)
-            for lane in Lane
-            for tier, seconds in zip(Tier, self.tiers_seconds[lane], strict=True)
+            topics.retry(lane, tier): (lane, seconds) for lane in Lane for tier, seconds in zip(Tier, self.tiers_seconds[lane], strict=True)
         }
         object.__setattr__(self, "_places", places)
 

@@ -16,7 +16,9 @@ is commutative and idempotent, and replaying records leaves the bytes as they ar
 `inbox`, key: user id. Three shelves of notification ids, newest first; each row of `notifications` stands on exactly one,
 and a row that falls off its shelf is deleted, so a user's state is bounded.
     3 x uint16 big endian   how many entries stand on the shelves inbox, others, pending
-    24 bytes an entry       uint64 big endian milliseconds, 16 bytes of the notification id
+    24 bytes an entry       uint64 big endian milliseconds, 16 bytes of the notification id; the first one is the edge
+    edge     the newest that fell off and belongs, or may come to belong, to the inbox: up to there, going back in time, the
+             shelf inbox is whole; zeros: it is whole altogether
     inbox    delivered in the app at least once; the moment is the decision's
     others   decided, but not (yet) delivered in the app: skipped, or by e-mail only
     pending  the decision is not known (yet: or no longer, when a late change meets a deleted row); the newest moment known
@@ -53,6 +55,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _COUNTS = struct.Struct(">HHH")
 _ENTRY = struct.Struct(">Q16s")
+_NO_EDGE = bytes(_ENTRY.size)
 
 
 class Shelf(IntEnum):
@@ -201,6 +204,15 @@ class Notification:
         is_listed = any(state.channel == Channel.IN_APP and state.delivered_at for state in self.deliveries.values())
         return Shelf.INBOX if is_listed else Shelf.OTHERS, max(0, self.decision["decidedAt"])
 
+    @property
+    def may_be_listed(self) -> bool:
+        """Whether the row is, or may come to be, one of the inbox: it was or is to be delivered in the app, or nobody knows yet."""
+        if self.decision is None:
+            return True
+        return self.place[0] is Shelf.INBOX or any(
+            channel == Channel.IN_APP and is_chosen for channel, is_chosen, *_ in self.decision["channels"]
+        )
+
     def with_decision(self, decision: Decision) -> Self:
         """Return the row after `decision`. The earliest that is no repetition counts; others are noted beside it."""
         known = self.decision
@@ -261,29 +273,35 @@ class Inbox:
     """A row of the table `inbox`: entries as in the row, so that sorting bytes sorts by moment."""
 
     shelves: tuple[tuple[bytes, ...], ...] = ((), (), ())
+    edge: bytes = _NO_EDGE
 
     @classmethod
     def decode(cls, raw: bytes | None) -> Self:
         """Return the row in `raw`; None: an empty one."""
         if raw is None:
             return cls()
-        entries = [raw[i : i + _ENTRY.size] for i in range(_COUNTS.size, len(raw), _ENTRY.size)]
+        edge, *entries = [raw[i : i + _ENTRY.size] for i in range(_COUNTS.size, len(raw), _ENTRY.size)]
         shelves, start = [], 0
         for count in _COUNTS.unpack_from(raw):
             shelves.append(tuple(entries[start : start + count]))
             start += count
-        return cls(tuple(shelves))
+        return cls(tuple(shelves), edge)
 
     def encode(self) -> bytes:
         """Return the row's bytes."""
-        return _COUNTS.pack(*map(len, self.shelves)) + b"".join(entry for shelf in self.shelves for entry in shelf)
+        return _COUNTS.pack(*map(len, self.shelves)) + self.edge + b"".join(entry for shelf in self.shelves for entry in shelf)
 
     def listed(self, shelf: Shelf = Shelf.INBOX) -> list[tuple[int, str]]:
         """Return the (milliseconds, notification id) on `shelf`, newest first."""
-        return [(at, raw_id.hex()) for at, raw_id in map(_ENTRY.unpack, self.shelves[shelf])]
+        return [_place(entry) for entry in self.shelves[shelf]]
 
-    def moved(self, notification_id: str, *, old: tuple[Shelf, int] | None, new: tuple[Shelf, int]) -> tuple[Self, list[str]]:
-        """Return the row with a notification at `new` instead of `old`, and the ids that fell off."""
+    @property
+    def whole_after(self) -> tuple[int, str] | None:
+        """The place behind which (in time: after which) nothing of the inbox is missing; None: nothing is missing at all."""
+        return None if self.edge == _NO_EDGE else _place(self.edge)
+
+    def moved(self, notification_id: str, *, old: tuple[Shelf, int] | None, new: tuple[Shelf, int]) -> tuple[Self, list[bytes]]:
+        """Return the row with a notification at `new` instead of `old`, and the entries that fell off."""
         shelves = list(self.shelves)
         raw_id = bytes.fromhex(notification_id)
         if old is not None:
@@ -292,7 +310,11 @@ class Inbox:
         shelf, at = new
         entries = sorted({*shelves[shelf], _ENTRY.pack(at, raw_id)}, reverse=True)
         shelves[shelf] = tuple(entries[: SHELF_SIZES[shelf]])
-        return type(self)(tuple(shelves)), [entry[8:].hex() for entry in entries[SHELF_SIZES[shelf] :]]
+        return type(self)(tuple(shelves), self.edge), entries[SHELF_SIZES[shelf] :]
+
+    def without(self, fallen: bytes) -> Self:
+        """Return the row that misses the entry `fallen` of the inbox."""
+        return replace(self, edge=max(self.edge, fallen))
 
 
 def after_decision(before: Notification | None, record: DecisionRecord) -> Notification | None:
@@ -395,6 +417,11 @@ def _earliest(known: int, at: int) -> int:
     return min(known, at) if known and at else known or at
 
 
+def _place(entry: bytes) -> tuple[int, str]:
+    at, raw_id = _ENTRY.unpack(entry)
+    return at, raw_id.hex()
+
+
 def _load(state: State, notification_id: str) -> Notification | None:
     raw = state[NOTIFICATIONS].get(notification_id.encode())
     return None if raw is None else Notification.decode(raw)
@@ -408,12 +435,15 @@ def _effects(state: State, notification_id: str, before: Notification | None, af
     if old == new:
         return Effects(rows=[Row(NOTIFICATIONS, key, after.encode())], counts=["stored"])
     inbox, fallen = Inbox.decode(state[INBOX].get(user)).moved(notification_id, old=old, new=new)
-    effects = Effects(rows=[Row(INBOX, user, inbox.encode())], counts=["stored"])
-    if notification_id not in fallen:
-        effects.rows.append(Row(NOTIFICATIONS, key, after.encode()))
-    for other in fallen:
+    effects = Effects(rows=[Row(NOTIFICATIONS, key, after.encode())], counts=["stored"])
+    for entry in fallen:
+        other = _place(entry)[1]
+        row = after if other == notification_id else _load(state, other)
+        if row is None or row.may_be_listed:
+            inbox = inbox.without(entry)
         effects.rows.append(Row(NOTIFICATIONS, other.encode(), None))
         effects.counts.append("evicted")
+    effects.rows.append(Row(INBOX, user, inbox.encode()))
     return effects
 
 

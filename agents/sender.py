@@ -143,7 +143,9 @@ class Verdict:
     is_exhausted: bool = False
 
 
-def verdict(end: End, *, delivery: Delivery, failures: int, on_unknown: OnUnknown, now: datetime) -> Verdict:
+def verdict(  # noqa: C901 - a case for each way to end
+    end: End, *, delivery: Delivery, failures: int, on_unknown: OnUnknown, now: datetime
+) -> Verdict:
     """Judge how an attempt ended at `now`. `failures`: attempts of this delivery that its schedule counted before."""
     match end:
         case Receipt(status=status, reference=reference, code=code):

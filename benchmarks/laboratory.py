@@ -78,6 +78,7 @@ class Laboratory:
         self.kafka = stack.kafka
         self.registry = stack.registry
         self.broker_pid = stack.broker.pid or 0
+        self.postgres = stack.postgres_process
         self.folder = folder
         self.cores = Cores.of_this_machine()
         # librdkafka's own log is off: what matters reaches us as values
@@ -289,7 +290,11 @@ def laboratory(say: Callable[[str], None]) -> Iterator[Laboratory]:
     with tempfile.TemporaryDirectory(prefix="flowmart-benchmarks-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         starting = start_stack(
-            folder / "stack", ports=Ports.free(), mail=False, postgres=False, warm_up=False, progress=lambda part, text: say(f"{part}: {text}")
+            folder / "stack",
+            ports=Ports.free(),
+            mail=False,
+            warm_up=False,
+            progress=lambda part, text: say(f"{part}: {text}"),
         )
         stack = asyncio.run_coroutine_threadsafe(starting, loop).result()
         try:

@@ -18,7 +18,7 @@ from schemas.topics import Channel
 from streams.roles import Role
 
 TITLE = "The whole pipeline"
-ROLES = (Role.INGEST, Role.ROUTER, Role.SENDER_NORMAL, Role.VIEWS)
+ROLES = (Role.INGEST, Role.ROUTER, Role.SENDER_NORMAL, Role.VIEWS, Role.STORE)
 _ACCEPTED = {Channel.EMAIL: Status.SENT, Channel.IN_APP: Status.DELIVERED}
 _RUN_SECONDS = 300.0
 _WARM_UP_PAYMENTS = 200
@@ -47,7 +47,9 @@ def _run(running: System, sizes: Sizes) -> dict[str, Any]:
     _await(running, warm_up + sizes.payments)
     spent = {name: seconds - before[name] for name, seconds in running.cpu_seconds().items()}
     last_at = _last_acceptance(running, warm_up + sizes.payments)
+    log_bytes = sum(path.stat().st_size for path in running.lab.folder.glob(f"**/{in_cluster('*', running.name)}-*/*.log"))
     return {
+        "log_bytes_per_notification": log_bytes / (warm_up + sizes.payments),
         "notifications_per_second": sizes.payments / (last_at - began_at),
         "cpu_us_per_notification": {name: seconds / sizes.payments * 1e6 for name, seconds in spent.items()},
     }
@@ -64,7 +66,8 @@ def _publish(running: System, payments: list[tuple[bytes, bytes]]) -> None:
 
 def _await(running: System, payments: int) -> None:
     """Return when every delivery of `payments` was accepted and the views have read all about it."""
-    sender, views = running.workers[Role.SENDER_NORMAL], running.workers[Role.VIEWS]
+    sender = running.workers[Role.SENDER_NORMAL]
+    readers = [running.workers[Role.VIEWS], running.workers[Role.STORE]]
 
     def is_accepted() -> bool:
         return sum(sender.metric("notify_deliveries_total", outcome=outcome) for outcome in _ACCEPTED.values()) >= 2 * payments
@@ -77,9 +80,9 @@ def _await(running: System, payments: int) -> None:
     while shown < wanted:  # the last statuses may be in transactions that are still open
         shown = wanted
         wait_for(
-            lambda: views.metric("notify_records_total") >= shown,  # noqa: B023 - called at once
+            lambda: all(reader.metric("notify_records_total") >= shown for reader in readers),  # noqa: B023 - called at once
             seconds=_RUN_SECONDS,
-            what="the views have read everything",
+            what="views and store have read everything",
             every_seconds=0.3,
         )
         wanted = written()
@@ -111,10 +114,11 @@ def describe(result: dict[str, Any]) -> str:
             name,
             figures.figure([run["cpu_us_per_notification"][name] for run in runs]).show(figures.whole),
         ]
-        for name in [*stages, "Kafka broker", "mail sink"]
+        for name in [*stages, "Kafka broker", "PostgreSQL", "mail sink"]
     ]
     totals = [sum(run["cpu_us_per_notification"][name] for name in stages) for run in runs]
     rows.insert(len(stages), ["**the roles together**", figures.figure(totals).show(figures.whole)])
+    log_bytes = figures.figure([run["log_bytes_per_notification"] for run in runs]).show(figures.whole)
     sink = figures.figure([run["cpu_us_per_notification"]["mail sink"] for run in runs]).median
     return f"""\
 {result["payments"]:,} confirmed payments, of {result["users"]:,} users with an address, are published at once; each becomes one
@@ -124,9 +128,12 @@ by the mail sink for e-mail and by the recorded status for in-app:
 
 **{rate.show(figures.whole)} notifications/s**, twice as many deliveries.
 
-CPU until the views had read the last status:
+CPU until views and store had read the last status:
 
 {figures.table(["stage", "CPU µs/notification"], rows)}
+
+In the topics of the system they left {log_bytes} bytes a notification, before compaction and replication, the payments' own topic and
+the users' rows not counted.
 
 Every payment's two deliveries were counted, in the sink and in the topic `status`: none missing, none twice. The mail sink alone would
 take {1e6 / sink if sink else 0:,.0f} mails/s with one core.

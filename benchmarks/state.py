@@ -65,9 +65,7 @@ def _recover(lab: Laboratory, topic: str) -> dict[str, Any]:
     run = lab.new_run("state")
     lab.make(recovery_app.specs_of(recovery_app.step_of(run, topic, is_aged=True)))
     lab.forget_group(f"notify.bench.{recovery_app.ROLE}")
-    variables = lab.worker_variables(
-        Role.SIGNALS, NOTIFY_WEB_PORT=str(free_port()), BENCH_RUN=run, BENCH_SOURCE=topic, BENCH_AGED="1"
-    )
+    variables = lab.worker_variables(Role.SIGNALS, NOTIFY_WEB_PORT=str(free_port()), BENCH_RUN=run, BENCH_SOURCE=topic, BENCH_AGED="1")
     command = [PYTHON, "-W", "ignore", "-m", "benchmarks.recovery_app", "worker", "-l", "info"]
     return lab.run(command, variables=variables, seconds=_RUN_SECONDS, name=run)
 

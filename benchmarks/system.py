@@ -114,6 +114,8 @@ class System:
             variables = self.lab.worker_variables(
                 role, env=self.name, NOTIFY_WEB_PORT=str(port), NOTIFY_SMTP_URL=self.smtp_url, NOTIFY_WORKER_NAME=f"{role}-a"
             )
+            if role is Role.STORE and self.lab.postgres is not None:
+                variables["NOTIFY_POSTGRES_URL"] = self.lab.postgres.make_database(self.name)
             command = [PYTHON, "-m", "faust", "-A", "streams.app", "worker", "-l", "warn"]
             self.workers[role] = self._spawn(role, command, {**outside(), **variables}, port=port)
         for role in roles:
@@ -135,11 +137,12 @@ class System:
 
     def cpu_seconds(self) -> dict[str, float]:
         """Return the CPU seconds of every process so far, the broker's included."""
-        broker = psutil.Process(self.lab.broker_pid).cpu_times()
+        postgres = {"PostgreSQL": _cpu_of_family(self.lab.postgres.pid)} if self.lab.postgres and self.lab.postgres.pid else {}
         return {
             **{str(role): worker.cpu_seconds() for role, worker in self.workers.items()},
             "mail sink": self.sink.cpu_seconds(),
-            "Kafka broker": float(broker.user + broker.system),
+            "Kafka broker": _cpu_of_family(self.lab.broker_pid),
+            **postgres,
         }
 
     def close(self) -> None:
@@ -294,3 +297,15 @@ def _ask(port: int) -> bytes:
 def now() -> float:
     """Return seconds since 1970, the clock that all processes share."""
     return time.time()
+
+
+def _cpu_of_family(pid: int) -> float:
+    """Return what a process and those that it started have used so far, those that have ended included."""
+    process = psutil.Process(pid)
+    own = process.cpu_times()
+    total = own.user + own.system + getattr(own, "children_user", 0.0) + getattr(own, "children_system", 0.0)
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended, and is counted with its parent
+            times = child.cpu_times()
+            total += times.user + times.system
+    return float(total)

@@ -27,7 +27,9 @@ from faust.types import TP
 
 from agents import inbox, signals, triggers
 from agents.control import Control
+from agents.delay import Delay
 from agents.ports import Effects, KnownSource, Source, State
+from agents.receipts import EXPIRE_EVERY_SECONDS, Matcher, Reported
 from agents.router import Router
 from agents.stock import Stock
 from channels.registry import build_channels
@@ -49,10 +51,12 @@ from schemas.messages import (
     ControlEntry,
     DecisionRecord,
     Delivery,
+    DeliveryReport,
     EngagementSignal,
     Message,
     NotificationRequested,
     Product,
+    ProviderReference,
     StatusChange,
     StockLevel,
     UserAction,
@@ -63,9 +67,11 @@ from schemas.topics import Lane as LaneName
 from streams.followers import Follower, OrderFollower
 from streams.health import HealthWatch
 from streams.metrics import Metrics
+from streams.refusals import why_unreachable
 from streams.registry import Registry
+from streams.rights import missing, rights_of, sentence
 from streams.roles import Role, step_back
-from streams.runner import Input, MakeShard, Names, Runner, Tools, Turns
+from streams.runner import DecidingShard, Input, MakeShard, Names, Runner, Timer, Tools, Turns
 from streams.sending import Providers, SendingShard, Slots
 from streams.settings import WORKER_NEEDS, Settings
 from streams.store.database import Database
@@ -164,6 +170,8 @@ class Worker(NotifyApp):
         used |= {topics.DEAD} | followed
         loop = asyncio.get_running_loop()
         names = {topic: physical(env, topic) for topic in used}
+        if self.plan.inputs is None:
+            await loop.run_in_executor(pool, self._check_rights)
         facts = await loop.run_in_executor(pool, topic_facts, self.cluster, list(names.values()))
         wrong = [
             f"topic {names[topic]} has {facts[names[topic]].partitions} partitions, this worker expects {expected}"
@@ -203,6 +211,9 @@ class Worker(NotifyApp):
             self.keys = Follower(self.cluster, names[topics.KEYS], group=f"{self.conf.id}.keys")
         if self.role.lane is not None and self.plan.inputs is None:
             make_shard["send"] = await self._sending(tools)
+        if self.role is Role.SIGNALS and self.plan.inputs is None:
+            expiry = Timer(seconds=EXPIRE_EVERY_SECONDS, decide=Matcher(self.settings.partitions).expire)
+            make_shard["match"] = partial(DecidingShard, timer=expiry)
         if self.role is Role.STORE and self.plan.inputs is None:
             make_shard["keep"] = self._storing(tools)
         runner = Runner(
@@ -216,11 +227,21 @@ class Worker(NotifyApp):
             runner.on_assigned.append(self.keys.follow)
         if self.orders is not None:
             runner.on_assigned.append(self._follow_orders)
+            self.orders.changed.append(self._tell_shards)
         runner.on_acquired += [self._show_tables, self._check_seal_key]
         self.owner = self.runner = runner
         self.watch = HealthWatch(runner)
         self.add_future(self.watch.watch())
         self._closing.append(self.registry.close)
+
+    def _check_rights(self) -> None:
+        """Raise SettingsError when Kafka does not answer, or does not grant what the role needs. Blocks."""
+        try:
+            lacking = missing(self.cluster, rights_of(self.role, self.settings.env), self.settings.env)
+        except KafkaException as error:
+            raise SettingsError([why_unreachable(self.cluster)]) from error
+        if lacking:
+            raise SettingsError([sentence(lacking, who=self.cluster.security.shown, role=self.role)])
 
     async def _register(self) -> Codec:
         while True:
@@ -234,6 +255,15 @@ class Worker(NotifyApp):
         """Read the control topic, whose one partition is everybody's, to its end."""
         assert self.orders is not None
         await self.orders.follow_all()
+
+    def _orders_version(self) -> int:
+        assert self.orders is not None
+        return self.orders.version
+
+    def _tell_shards(self) -> None:
+        """Let senders look at once whether a new order is about what they hold."""
+        for shard in self.runner.shards.values() if self.runner is not None else ():
+            shard.wake.set()
 
     def _control(self) -> Control:
         assert self.orders is not None
@@ -250,6 +280,9 @@ class Worker(NotifyApp):
             slots={name: Slots(channel, settings.max_open_attempts, tools) for name, channel in channels.items()},
             key_of=self.key_of,
             ledger_seconds=settings.dedupe_seconds,
+            control=self._control(),
+            orders_version=self._orders_version,
+            tiers_seconds=settings.retry_tiers_seconds[self.role.lane or LaneName.NORMAL],
         )
         return partial(SendingShard, providers=providers)
 
@@ -319,6 +352,17 @@ class Worker(NotifyApp):
                 }
             case Role.SENDER_CRITICAL | Role.SENDER_NORMAL | Role.SENDER_BULK:
                 return {topic: self._own(Delivery, _nothing) for topic in step.reads}
+            case Role.DELAY:
+                delay = Delay(self.settings.retry_tiers_seconds, now=partial(datetime.now, UTC))
+                held = self._own(Delivery, delay.decide)
+                return {topic: replace(held, due=_due_after(delay.seconds(topic))) for topic in step.reads}
+            case Role.SIGNALS if step.name == "match":
+                matcher = Matcher(self.settings.partitions)
+                reports = self._own(DeliveryReport, matcher.decide_report)
+                return {
+                    topics.PROVIDER_REFS: self._own(ProviderReference, matcher.decide_reference),
+                    topics.RECEIPTS: replace(reports, decode=_with_raw(reports.decode)),
+                }
             case Role.SIGNALS:
                 return {topics.SIGNALS: self._own(EngagementSignal, signals.decide)}
             case Role.VIEWS:
@@ -466,6 +510,16 @@ def _settle(done: asyncio.Future[None], error: KafkaError | None) -> None:
 
 def _nothing(_message: Message, _source: Source, _state: State) -> Effects:
     raise AssertionError("a shard that calls providers or a database decides nothing")
+
+
+def _due_after(seconds: int) -> Callable[[Record], float]:
+    """Return when a record is due that waits so long from its timestamp, in seconds since 1970."""
+    return lambda message: message.timestamp()[1] / 1000 + seconds
+
+
+def _with_raw(decode: Callable[[Record], DeliveryReport]) -> Callable[[Record], Reported]:
+    """Return `decode` with the record's bytes beside what they say."""
+    return lambda message: Reported(decode(message), message.value() or b"")
 
 
 def _or_tombstone(decode: Callable[[Record], Any]) -> Callable[[Record], Any]:

@@ -231,12 +231,14 @@ class Lane:
     end_read: int | None = None  # read to here; it becomes `end` when everything before it is done
     most: int = MAX_BATCH_RECORDS  # records of the next transaction
     tries: int = 0  # in a row that came to nothing
+    rests_until: float = -math.inf  # monotonic: what came to nothing is not tried again before
 
     def wait_seconds(self, now: float) -> float:
         """Return how long, from `now` (seconds since 1970), until the first queued record may be decided; inf: none may be."""
         if not self.queue or self.run.halted:
             return math.inf
-        return 0.0 if self.handles.due is None else max(0.0, self.handles.due(self.queue[0]) - now)
+        due = 0.0 if self.handles.due is None else self.handles.due(self.queue[0])
+        return max(0.0, due - now, self.rests_until - time.monotonic())
 
     def settle(self) -> None:
         """Note that everything read is done, if it is."""
@@ -292,7 +294,8 @@ class Shard:
         self.writer.acquire()
         self.tools.fault("fenced")
         rows = {(self.changelogs[table], self.partition): self.tables[table] for table in self.tables}
-        group = f"notify.recovery.{self.tools.role}"
+        # joins nothing; below the app's own name, where the role has its rights
+        group = self.changelogs[PROGRESS]
         read_to_end(self.tools.cluster, group=group, tables=rows, progress=self.tools.metrics.recovery_rows.inc)
         for lane in self.lanes.values():
             stored = self.tables[PROGRESS].get(self._watermark_key(lane.topic))
@@ -497,7 +500,7 @@ class DecidingShard(Shard):
         if lane.run.halted:
             lane.halt()
         elif is_waiting:
-            await self._wait(lane)
+            self._let_rest(lane)
         else:
             lane.tries = 0
             await self._make_room(lane, time.monotonic() - began)
@@ -542,17 +545,12 @@ class DecidingShard(Shard):
                 await self._set_aside(lane, queue, TooLargeError("the broker refused what it became for its size"))
         else:
             log.warning("transaction.aborted step=%s partition=%d error=%s", self.step.name, self.partition, error)
-            await self._wait(lane)
+            self._let_rest(lane)
 
-    async def _wait(self, lane: Lane) -> None:
-        # an input that waits keeps its own shard only; draining, or more to read, ends the wait
-        pause = _RETRY_SECONDS[min(lane.tries, len(_RETRY_SECONDS) - 1)]
+    def _let_rest(self, lane: Lane) -> None:
+        """Try an input that waits again a little later; the others of the shard go on."""
+        lane.rests_until = time.monotonic() + _RETRY_SECONDS[min(lane.tries, len(_RETRY_SECONDS) - 1)]
         lane.tries += 1
-        self.wake.clear()
-        try:
-            await asyncio.wait_for(self.wake.wait(), pause)
-        except TimeoutError:
-            return
 
     def _decide(self, lane: Lane, records: Iterable[Record]) -> tuple[int, bool]:
         """Decide records until the turn is over; return how many, and whether the next one has to wait."""

@@ -29,7 +29,14 @@ from agents.sender import Attempt, AttemptState, End, Recalled, Verdict, backoff
 from channels.base import Channel, Receipt
 from schemas import topics
 from schemas.codec import unpack
-from schemas.errors import AttemptsExhaustedError, ExpiredError, SendUnknownError, TooLargeError, UndecodableError, UnsealableError
+from schemas.errors import (
+    AttemptsExhaustedError,
+    ExpiredError,
+    RegistryUnavailableError,
+    SendUnknownError,
+    TooLargeError,
+    UnsealableError,
+)
 from schemas.messages import Content, Delivery, ProviderReference, StatusChange
 from schemas.sealed import unseal
 from schemas.status import Axis, Status
@@ -44,6 +51,7 @@ ATTEMPTS = "attempts"
 # deliveries of a shard that are taken in and not done: beyond it the partition waits
 WINDOW_DELIVERIES = 1_000
 _PRUNE_ROWS = 2
+_ASK_AGAIN_SECONDS = 1.0
 
 
 class Slots:
@@ -149,7 +157,8 @@ class SendingShard(Shard):
         self._active: set[tuple[str, int]] = set()  # identities of the jobs
         self._deferred: list[tuple[Output, bytes]] = []  # too early for this sender: back to the role delay
         self._orders_seen = -1
-        self._lost: list[tuple[Lane, Record, UndecodableError]] = []
+        self._ask_again_at: float | None = None  # a delivery's schema could not be asked for
+        self._lost: list[tuple[Lane, Record, Exception]] = []
         # per input: offset -> done, in offset order; the watermark is the first that is not done
         self._unfinished: dict[str, dict[int, bool]] = {topic: {} for topic in self.lanes}
         self._reached: dict[str, int] = {}
@@ -160,6 +169,7 @@ class SendingShard(Shard):
         """Take deliveries in, record what ended and what begins, call; until cancelled."""
         while True:
             self.wake.clear()
+            await self._learn()
             if not self.is_draining:
                 self._take_in()
             ended, self._ended = self._ended, []
@@ -199,13 +209,30 @@ class SendingShard(Shard):
 
     # ---- in
 
+    async def _learn(self) -> None:
+        """Make the schemas known of what is taken in next: another release may have written it."""
+        for lane in self.lanes.values():
+            room = WINDOW_DELIVERIES - len(self._unfinished[lane.topic])
+            if lane.queue and room > 0 and lane.handles.learn is not None:
+                await lane.handles.learn(islice(lane.queue, room))
+
     def _take_in(self) -> None:
+        self._ask_again_at = None
         for lane in self.lanes.values():
             unfinished = self._unfinished[lane.topic]
-            while lane.queue and len(unfinished) < WINDOW_DELIVERIES:
-                self._take(lane, lane.queue.popleft())
+            while lane.queue and not lane.run.halted and len(unfinished) < WINDOW_DELIVERIES:
+                message = lane.queue.popleft()
+                try:
+                    self._take(lane, message)
+                except RegistryUnavailableError:
+                    lane.queue.appendleft(message)
+                    self._ask_again_at = time.monotonic() + _ASK_AGAIN_SECONDS
+                    break
+            if lane.run.halted:
+                lane.halt()
 
     def _take(self, lane: Lane, message: Record) -> None:
+        """Take a delivery in. Raises RegistryUnavailableError: it has to wait, and nothing has changed."""
         offset = message.offset()
         unfinished = self._unfinished[lane.topic]
         metrics = self.tools.metrics
@@ -213,15 +240,25 @@ class SendingShard(Shard):
             metrics.replayed.labels(lane.topic).inc()
             lane.reader.finished(self.partition, 1)
             return
+        passage = lane.run.begin()
+        try:
+            delivery: Delivery = lane.handles.decode(message)
+            passage.passed()
+        except RegistryUnavailableError:
+            raise
+        except Exception as error:
+            if not passage.may_set_aside():
+                return
+            passage.committed()
+            metrics.records.labels(lane.topic).inc()
+            self._reached[lane.topic] = offset + 1
+            unfinished[offset] = True
+            self._lost.append((lane, message, error))
+            return
+        passage.committed()
         metrics.records.labels(lane.topic).inc()
         self._reached[lane.topic] = offset + 1
         channel_name = self._channel_of[lane.topic]
-        try:
-            delivery: Delivery = lane.handles.decode(message)
-        except Exception as error:
-            unfinished[offset] = True
-            self._lost.append((lane, message, error if isinstance(error, UndecodableError) else UndecodableError(str(error))))
-            return
         channel = self._providers.channels[channel_name]
         how = plan(delivery, self.tables[ATTEMPTS].get(delivery.delivery_id.encode()), channel.on_unknown)
         job = Job(delivery, lane, message, how.number or how.cut_off or 1, how.failures, how.cut_off)
@@ -548,9 +585,10 @@ class SendingShard(Shard):
 
     def _dues(self, now: float) -> Iterator[float]:
         """Yield the moments at which there may be something to do without being woken."""
+        if self._ask_again_at is not None:
+            yield self._ask_again_at
         for out in self._outgoing.values():
             if out.waiting:
                 yield out.waiting[0][0]
             if out.ready and out.held_until > now:
                 yield out.held_until
-

@@ -108,7 +108,7 @@ TOPOLOGY: tuple[Step, ...] = (
         reads=(topics.PROVIDER_REFS, topics.RECEIPTS),
         tables=(("references", None), ("waiting", None)),
         aged=("references", "waiting"),
-        writes=(topics.STATUS,),
+        writes=(topics.STATUS, topics.PROVIDER_REFS, topics.RECEIPTS),
     ),
     Step(
         name="project",

@@ -36,6 +36,7 @@ from streams.tokens import issue
 from streams.topics import TopicSpec, physical
 from streams.topology import all_topics
 from streams.transport.changelog import apply_record
+from streams.transport.cluster import Cluster
 from streams.transport.records import Record, fetch
 
 ROOT = Path(__file__).parent.parent
@@ -109,8 +110,21 @@ class WorkerProcess:
 class System:
     """An environment of its own on the session's stack: topics, workers, readers."""
 
-    def __init__(self, stack: Stack, folder: Path, specs: Iterable[TopicSpec] | None = None, *, partitions: int = PARTITIONS) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        folder: Path,
+        specs: Iterable[TopicSpec] | None = None,
+        *,
+        partitions: int = PARTITIONS,
+        cluster: Cluster | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """`cluster`: another Kafka than the stack's, as who may do everything reaches it; `variables`: more of them, for everybody."""
         self.stack = stack
+        self.cluster = cluster or Cluster(bootstrap=stack.kafka)
+        # librdkafka's log stays on: a test that fails wants it
+        self._kafka = {"bootstrap.servers": self.cluster.bootstrap, **self.cluster.security.librdkafka()}
         self.folder = folder
         self.name = f"t{os.getpid()}x{next(_counter)}"
         self.specs = list(specs if specs is not None else all_topics())
@@ -118,11 +132,11 @@ class System:
         self.workers: dict[str, WorkerProcess] = {}
         self._supervising = True
         self._foreign: dict[str, tuple[int, Any]] = {}
-        self.admin = AdminClient({"bootstrap.servers": stack.kafka})
+        self.admin = AdminClient(self._kafka)
         key = base64.b64encode(bytes(range(32))).decode()
         self.variables = {
             "NOTIFY_ENV": self.name,
-            "NOTIFY_KAFKA_BOOTSTRAP": stack.kafka,
+            "NOTIFY_KAFKA_BOOTSTRAP": self.cluster.bootstrap,
             "NOTIFY_REGISTRY_URL": stack.registry,
             "NOTIFY_SEAL_KEY": key,
             "NOTIFY_TOKEN_KEY": key,
@@ -132,9 +146,10 @@ class System:
             "NOTIFY_INVENTORY_PARTITIONS": str(partitions),
             "NOTIFY_SESSION_TIMEOUT_SECONDS": "6",
             "NOTIFY_DATA_DIR": str(folder / "client"),
+            **(variables or {}),
         }
         self.settings = Settings.from_env(self.variables, needs=CLIENT_NEEDS)
-        wanted = targets(self.specs, env=self.name, counts=self.settings.counts, replication=1)
+        wanted = targets(self.specs, env=self.name, counts=self.settings.counts, replication=self.settings.replication)
         apply(self.admin, plan(self.admin, wanted))
         threading.Thread(target=self._supervise, daemon=True).start()
 
@@ -235,7 +250,7 @@ class System:
             "enable.idempotence": True,
             "message.max.bytes": 1_200_000,
         }
-        producer = Producer({"bootstrap.servers": self.stack.kafka, **options, **{k.replace("_", "."): v for k, v in config.items()}})
+        producer = Producer({**self._kafka, **options, **{k.replace("_", "."): v for k, v in config.items()}})
         failed: list[KafkaError] = []
         for key, value in records:
             while True:
@@ -250,7 +265,7 @@ class System:
 
     def produce_to(self, topic: str, partition: int, records: Iterable[tuple[bytes, bytes]]) -> None:
         """Publish (key, value) records to one partition: rows of a table whose key is not what it is partitioned by."""
-        producer = Producer({"bootstrap.servers": self.stack.kafka, "linger.ms": 20, "enable.idempotence": True})
+        producer = Producer({**self._kafka, "linger.ms": 20, "enable.idempotence": True})
         failed: list[KafkaError] = []
         for key, value in records:
             while True:
@@ -271,7 +286,7 @@ class System:
     def follow(self, topic: str) -> Iterator[Record]:
         consumer = Consumer(
             {
-                "bootstrap.servers": self.stack.kafka,
+                **self._kafka,
                 "group.id": f"read-{self.name}",
                 "enable.auto.commit": False,
                 "isolation.level": "read_committed",
@@ -396,8 +411,16 @@ class System:
 
 
 @contextlib.contextmanager
-def system(stack: Stack, folder: Path, specs: Iterable[TopicSpec] | None = None, *, partitions: int = PARTITIONS) -> Iterator[System]:
-    made = System(stack, folder, specs, partitions=partitions)
+def system(
+    stack: Stack,
+    folder: Path,
+    specs: Iterable[TopicSpec] | None = None,
+    *,
+    partitions: int = PARTITIONS,
+    cluster: Cluster | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[System]:
+    made = System(stack, folder, specs, partitions=partitions, cluster=cluster, variables=variables)
     try:
         yield made
     finally:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
+import datetime as dt
 import ipaddress
 import os
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, but not said so
+    AclBindingFilter,
+    AdminClient,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -20,6 +28,7 @@ from cryptography.x509.oid import NameOID
 from streams.embedded import artifacts
 from streams.embedded.kafka import KafkaBroker
 from streams.embedded.processes import LOOPBACK, choose_port
+from streams.rights import Right
 from streams.security import KafkaSecurity, Mechanism, Protocol, Tls
 from streams.transport.cluster import Cluster
 
@@ -36,7 +45,8 @@ class Authority:
         self.folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        builder = self._builder(self._name, self._key.public_key()).add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        constraints = x509.BasicConstraints(ca=True, path_length=None)
+        builder = self._builder(self._name, self._key.public_key()).add_extension(constraints, critical=True)
         self.file = folder / f"{name.replace(' ', '-').lower()}.pem"
         self.file.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
@@ -54,15 +64,15 @@ class Authority:
         return Tls(ca_file=self.file, certificate_file=certificate, key_file=secret, key_password=password)
 
     def _builder(self, subject: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        now = datetime.datetime.now(datetime.UTC)
+        now = dt.datetime.now(dt.UTC)
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self._name)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=2))
+            .not_valid_before(now - dt.timedelta(days=1))
+            .not_valid_after(now + dt.timedelta(days=2))
         )
 
 
@@ -93,6 +103,38 @@ class SecureBroker(KafkaBroker):
         tls = Tls(ca_file=self.authority.file)
         return KafkaSecurity(protocol=Protocol.SASL_SSL, mechanism=Mechanism.SCRAM_SHA_512, user=user, password=password, tls=tls)
 
+    def grant(self, user: str, rights: Sequence[Right]) -> None:
+        """Give `user` these rights."""
+        self._done(self._admin.create_acls([right.binding(f"User:{user}") for right in rights]))
+
+    def withdraw(self, user: str, right: Right) -> None:
+        """Take one right away."""
+        found = right.binding(f"User:{user}")
+        fields = (
+            found.restype,
+            found.name,
+            found.resource_pattern_type,
+            found.principal,
+            found.host,
+            found.operation,
+            found.permission_type,
+        )
+        self._done(self._admin.delete_acls([AclBindingFilter(*fields)]))
+
+    def add_user(self, user: str, password: str) -> None:
+        """Make a SCRAM user."""
+        info = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
+        self._done(self._admin.alter_user_scram_credentials([UserScramCredentialUpsertion(user, info, password.encode())]))
+
+    @cached_property
+    def _admin(self) -> AdminClient:
+        # kept: a client that goes takes its pending requests with it
+        return AdminClient(self.client())
+
+    def _done(self, futures: Mapping[Any, Any]) -> None:
+        for future in futures.values():
+            future.result(10)
+
     def client(self) -> dict[str, Any]:
         return {**self.cluster(ADMIN, ADMIN_PASSWORD).config(), "log_level": 0}
 
@@ -108,6 +150,7 @@ class SecureBroker(KafkaBroker):
         store.write_text((self.authority.folder / "broker.key").read_text() + (self.authority.folder / "broker.pem").read_text())
         scram = "org.apache.kafka.common.security.scram.ScramLoginModule required"
         bearer = "org.apache.kafka.common.security.oauthbearer"
+        unsigned = "internals.unsecured.OAuthBearerUnsecuredValidatorCallbackHandler"
         return "\n".join(
             [
                 *kept,
@@ -121,8 +164,7 @@ class SecureBroker(KafkaBroker):
                 f"listener.name.plain.scram-sha-512.sasl.jaas.config={scram};",
                 "listener.name.tokens.sasl.enabled.mechanisms=OAUTHBEARER",
                 f"listener.name.tokens.oauthbearer.sasl.jaas.config={bearer}.OAuthBearerLoginModule required;",
-                f"listener.name.tokens.oauthbearer.sasl.server.callback.handler.class={bearer}.internals.unsecured."
-                "OAuthBearerUnsecuredValidatorCallbackHandler",
+                f"listener.name.tokens.oauthbearer.sasl.server.callback.handler.class={bearer}.{unsigned}",
                 "ssl.keystore.type=PEM",
                 f"ssl.keystore.location={store}",
                 "ssl.truststore.type=PEM",
@@ -197,7 +239,7 @@ async def _class_path() -> tuple[str, Path]:
 
 @contextlib.contextmanager
 def secure_broker(folder: Path) -> Iterator[SecureBroker]:
-    """A running broker with encryption and rights."""
+    """Yield a running broker with encryption and rights."""
     *ports, controller = _free_ports(len(LISTENERS) + 1)
     broker = SecureBroker(
         folder / "kafka", Authority(folder / "tls"), heard=dict(zip(LISTENERS, ports, strict=True)), controller_port=controller
@@ -214,7 +256,7 @@ def secure_broker(folder: Path) -> Iterator[SecureBroker]:
 
 @contextlib.contextmanager
 def three_brokers(folder: Path) -> Iterator[tuple[Loop, list[CompanyBroker]]]:
-    """Three running brokers, each broker and controller, and the loop that starts and kills them."""
+    """Yield three running brokers, each broker and controller, and the loop that starts and kills them."""
     ports, controllers = (found := _free_ports(6))[:3], found[3:]
     brokers = [CompanyBroker(folder / f"kafka-{n}", number=n, ports=ports, controller_ports=controllers) for n in (1, 2, 3)]
     loop = Loop()

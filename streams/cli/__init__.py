@@ -13,7 +13,25 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from streams.cli import console, dead, doctor, inbox, preferences, produce, provision, rebuild, send, store, token, trail, up, watch, why
+from streams.cli import (
+    console,
+    dead,
+    doctor,
+    inbox,
+    preferences,
+    produce,
+    provision,
+    rebuild,
+    recall,
+    receipts,
+    send,
+    store,
+    token,
+    trail,
+    up,
+    watch,
+    why,
+)
 from streams.cli.errors import explain
 
 DISTRIBUTION = "flowmart-notifications"
@@ -55,6 +73,7 @@ for _name, _function, _epilog, _panel in (
     ("produce", produce.produce, produce.EPILOG, _TELL),
     ("send", send.send, send.EPILOG, _TELL),
     ("watch", watch.watch, watch.EPILOG, _TELL),
+    ("suppress", recall.suppress, recall.SUPPRESS_EPILOG, _TELL),
     ("trail", trail.trail, trail.EPILOG, _ASK),
     ("why", why.why, why.EPILOG, _ASK),
     ("user", inbox.user, inbox.EPILOG, _ASK),
@@ -64,6 +83,8 @@ for _name, _function, _epilog, _panel in (
 ):
     app.command(_name, epilog=_epilog, rich_help_panel=_panel)(_function)
 app.add_typer(preferences.app, name="prefs", rich_help_panel=_TELL)
+app.add_typer(recall.app, name="recall", rich_help_panel=_TELL)
+app.add_typer(receipts.app, name="receipts", rich_help_panel=_TELL)
 app.add_typer(provision.app, name="topics", rich_help_panel=_RUN)
 app.add_typer(dead.app, name="dlq", rich_help_panel=_ASK)
 app.add_typer(store.app, name="store", rich_help_panel=_RUN)

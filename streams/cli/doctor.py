@@ -23,10 +23,14 @@ from rich.text import Text
 from schemas.codec import schema_text
 from streams import provisioning
 from streams.cli import console, kafka, web
+from streams.cli.acls import rights_for
 from streams.cli.context import load_settings
 from streams.cli.errors import EXIT_FAILURE, explain_kafka
 from streams.cli.provision import wanted
 from streams.provisioning import SAFE_REPLICAS, Action
+from streams.refusals import why_unreachable
+from streams.registry import refusal
+from streams.rights import OPERATOR, missing, refused_transactions, sentence
 from streams.roles import Role
 from streams.settings import CLIENT_NEEDS, Settings
 from streams.topics import DEAD_MAX_BYTES, INBOUND_MAX_BYTES, physical, specs
@@ -89,17 +93,17 @@ def doctor(*, as_json: console.JsonOption = False) -> None:
 def examine(settings: Settings, web_url: str) -> Iterator[Check]:
     """Yield one check after the other; none of them changes anything."""
     yield Check(part="settings", state=State.PASSED, found=f"environment {settings.env}, {settings.partitions} partitions by user")
-    admin = kafka.admin(settings.cluster)
     try:
+        admin = kafka.admin(settings.cluster)
         metadata = admin.list_topics(timeout=TIMEOUT_SECONDS)
-    except KafkaException as error:
-        advice = f"{explain_kafka(error)} It was looked for at {settings.kafka}."
-        yield Check(part="kafka", state=State.FAILED, found="no answer", advice=advice)
-        for part in ("topics", "replication", "workers"):
+    except KafkaException:
+        yield Check(part="kafka", state=State.FAILED, found=f"no answer at {settings.kafka}", advice=why_unreachable(settings.cluster))
+        for part in ("rights", "topics", "replication", "workers"):
             yield Check(part=part, state=State.SKIPPED, found="Kafka does not answer")
     else:
-        brokers = len(metadata.brokers)
-        yield Check(part="kafka", state=State.PASSED, found=f"{brokers} broker{'' if brokers == 1 else 's'} at {settings.kafka}")
+        brokers = f"{len(metadata.brokers)} broker{'' if len(metadata.brokers) == 1 else 's'}"
+        yield Check(part="kafka", state=State.PASSED, found=f"{brokers} at {settings.kafka}, {settings.cluster.security.shown}")
+        yield from _guarded("rights", lambda: _rights(settings))
         yield from _guarded("topics", lambda: _topics(admin, settings))
         yield from _guarded("replication", lambda: _replication(metadata, settings))
         yield from _guarded("workers", lambda: _workers(admin, metadata, settings))
@@ -113,6 +117,19 @@ def _guarded(part: str, look: Callable[[], Iterator[Check]]) -> Iterator[Check]:
         yield from look()
     except KafkaException as error:
         yield Check(part=part, state=State.FAILED, found="could not be looked at", advice=explain_kafka(error))
+
+
+def _rights(settings: Settings) -> Iterator[Check]:
+    """Look whether Kafka grants what the worker of NOTIFY_ROLE needs; without a role, what this command line needs."""
+    role = settings.role or OPERATOR
+    rights = rights_for(role, settings.env)
+    lacking = missing(settings.cluster, rights, settings.env)
+    lacking += refused_transactions(settings.cluster, rights)
+    if lacking:
+        advice = sentence(lacking, who=settings.cluster.security.shown, role=role)
+        yield _failed("rights", f"{len(lacking)} of {len(rights)} that the {role} needs are missing", advice)
+    else:
+        yield Check(part="rights", state=State.PASSED, found=f"all that the {role} needs")
 
 
 def _topics(admin: AdminClient, settings: Settings) -> Iterator[Check]:
@@ -227,14 +244,15 @@ def _lag(admin: AdminClient, group: str, places: list[TopicPartition]) -> int | 
 def _registry(settings: Settings) -> Iterator[Check]:
     part, url = "registry", settings.registry_url
     try:
-        level = web.call("GET", f"{url}/config", timeout_seconds=TIMEOUT_SECONDS)
+        level = web.call("GET", f"{url}/config", timeout_seconds=TIMEOUT_SECONDS, security=settings.registry_security)
     except (TimeoutError, aiohttp.ClientError) as error:
-        yield _failed(
-            part,
-            f"no answer at {url} ({type(error).__name__})",
-            "Start it, or correct NOTIFY_REGISTRY_URL. Until then new schemas are parked.",
-        )
+        why = refusal(error, settings.registry_security)
+        yield _failed(part, f"no answer at {url}", f"{why}. Start it, or correct NOTIFY_REGISTRY_URL. Until then new schemas are parked")
         yield Check(part="clock", state=State.SKIPPED, found="the registry, whose clock is compared, does not answer")
+        return
+    if level.status in {401, 403}:
+        yield _failed(part, f"refuses us at {url}", refusal(level.status, settings.registry_security))
+        yield _clock(level)
         return
     name = level.body.get("compatibilityLevel") if isinstance(level.body, dict) else None
     if name in _COMPATIBLE:
@@ -248,13 +266,14 @@ def _registry(settings: Settings) -> Iterator[Check]:
 
 def _schemas(settings: Settings) -> Check:
     registered, fresh, incompatible = 0, 0, []
+    asked: Any = {"timeout_seconds": TIMEOUT_SECONDS, "security": settings.registry_security}
     for spec in specs():
         if spec.schema is None:
             continue
         subject = f"{physical(settings.env, spec.name)}-value"
         body = {"schema": schema_text(spec.schema), "schemaType": "AVRO"}
         try:
-            known = web.call("POST", f"{settings.registry_url}/subjects/{subject}", body=body, timeout_seconds=TIMEOUT_SECONDS)
+            known = web.call("POST", f"{settings.registry_url}/subjects/{subject}", body=body, **asked)
             if known.status == 200:
                 registered += 1
                 continue
@@ -262,7 +281,7 @@ def _schemas(settings: Settings) -> Check:
                 "POST",
                 f"{settings.registry_url}/compatibility/subjects/{subject}/versions/latest",
                 body=body,
-                timeout_seconds=TIMEOUT_SECONDS,
+                **asked,
             )
         except (TimeoutError, aiohttp.ClientError) as error:
             return _failed("schemas", f"the registry stopped answering ({type(error).__name__})", "Look at its log.")

@@ -61,7 +61,7 @@ def explain_kafka(error: KafkaException) -> str:
     if code in _MISSING:
         return "A topic or partition does not exist. Run `notify topics ensure`."
     if code in _DENIED:
-        return f"Kafka does not allow this ({cause.name()}). Ask for the rights, or use another account."
+        return f"Kafka does not allow this ({cause.name()}). `notify doctor` says which rights are missing, or what is wrong with our name."
     return f"Kafka refused: {cause.str().rstrip('.')} ({cause.name()})."
 
 

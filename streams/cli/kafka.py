@@ -147,8 +147,8 @@ class Publisher:
         # (topic, partition) -> offset and timestamp in milliseconds of the last record there
         self.last: dict[tuple[str, int], tuple[int, int]] = {}
 
-    def publish(self, topic: str, key: str, value: bytes, *, number: int = 0) -> None:
-        """Hand a record over. Its result is known after `finish`."""
+    def publish(self, topic: str, key: str, value: bytes | None, *, number: int = 0) -> None:
+        """Hand a record over, a tombstone if it has no value. Its result is known after `finish`."""
 
         def on_delivery(error: KafkaError | None, message: Message) -> None:
             if error is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from schemas.errors import SettingsError
 from streams import provisioning
-from streams.cli import console, kafka
+from streams.cli import acls, console, kafka
 from streams.cli.context import load_settings
 from streams.cli.errors import CliError
 from streams.provisioning import Action, Change, StartAt, Target
@@ -39,6 +40,9 @@ def topics_() -> None:
     """Make the topics, and keep them as the topology wants them."""
 
 
+app.command("acls", epilog=acls.EPILOG)(acls.acls)
+
+
 @app.command(
     "ensure",
     epilog=console.examples("notify topics ensure --dry-run", "notify topics ensure", "notify topics ensure --start-at latest"),
@@ -50,11 +54,13 @@ def ensure(
         StartAt | None,
         typer.Option(help="Where ingest begins in the inbound topics, on partitions where its group has no position yet."),
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before settings of topics are altered.")] = False,
     as_json: console.JsonOption = False,
 ) -> None:
     """Create the topics that are missing and mend the settings of the others. Partitions are never added: keys would move.
 
-    Partition counts and replicas come from NOTIFY_PARTITIONS, NOTIFY_INBOUND_PARTITIONS and NOTIFY_REPLICATION.
+    What would change is shown first; in a terminal, altering is asked for. Partition counts and replicas come from
+    NOTIFY_PARTITIONS, NOTIFY_INBOUND_PARTITIONS, NOTIFY_INVENTORY_PARTITIONS and NOTIFY_REPLICATION.
     """
     settings, _ = load_settings(os.environ, needs=NEEDS)
     admin = kafka.admin(settings.cluster)
@@ -63,6 +69,8 @@ def ensure(
     if not as_json:
         _print(changes)
     begun: dict[tuple[str, int], int] = {}
+    if not (dry_run or problems or yes or as_json):
+        _ask(changes)
     if not dry_run and not problems:
         try:
             provisioning.apply(admin, changes)
@@ -76,6 +84,17 @@ def ensure(
         raise CliError(*(_capital(problem) for problem in problems), "Nothing was changed.")
     if not as_json:
         _summarise(changes, begun, dry_run=dry_run, start_at=start_at)
+
+
+def _ask(changes: Sequence[Change]) -> None:
+    """Ask whether topics may be altered, where somebody can answer: a shorter retention deletes records."""
+    altered = sum(change.action is Action.ALTER for change in changes)
+    if (
+        altered
+        and sys.stdin.isatty()
+        and not typer.confirm(f"Alter the settings of {altered} topic{'' if altered == 1 else 's'}?", err=True)
+    ):
+        raise CliError("Nothing was changed.")
 
 
 def wanted(settings: Settings) -> list[Target]:

@@ -84,7 +84,8 @@ def redrive(  # noqa: PLR0913 - one parameter an option
         work.survey(limit)
         if is_dry_run:
             work.show_plan()
-        elif work.may_begin(is_confirmed=is_confirmed):
+        else:
+            work.confirm(is_confirmed=is_confirmed)
             work.run()
     work.report_missing()
     if work.refused:
@@ -144,18 +145,18 @@ class _Work:
         console.stdout().print(table)
         console.stderr().print(Text(f"{shown} of {total} shown; nothing was put back", style="dim"))
 
-    def may_begin(self, *, is_confirmed: bool) -> bool:
-        """Say whether there is something to do and whoever sits at the terminal wants it."""
+    def confirm(self, *, is_confirmed: bool) -> None:
+        """Ask whoever sits at the terminal. Raises Abort when he does not want it."""
         ready = self._survey["redriven"] if self._chosen is None else min(self._survey["redriven"], len(self._chosen))
         if ready == 0 or is_confirmed or not sys.stdin.isatty():
-            return True
+            return
         others = [
             f"{self._survey[kind]:,} {text}"
             for kind, text in (("skipped", "already put back"), ("refused", "that cannot be put back"))
             if self._survey[kind]
         ]
         besides = f" (besides {' and '.join(others)})" if others else ""
-        return typer.confirm(f"Put {ready:,} dead letter{'' if ready == 1 else 's'} back{besides}?", err=True)
+        typer.confirm(f"Put {ready:,} dead letter{'' if ready == 1 else 's'} back{besides}?", abort=True, err=True)
 
     def run(self) -> None:
         """Put them back, and say of each what became of it as soon as that is certain."""
@@ -166,15 +167,13 @@ class _Work:
         counts: Counter[str] = Counter()
         redriver = Redriver(self.settings, self.marks)
         for batch in self._batches():
-            targets = [(letter, plan) for letter, plan in batch if isinstance(plan, Target)]
-            done = iter(redriver.publish(targets))
+            redriver.publish([(letter, plan) for letter, plan in batch if isinstance(plan, Target)])
             for letter, plan in batch:
-                result = next(done) if isinstance(plan, Target) else plan
-                counts[_kind(result)] += 1
+                counts[_kind(plan)] += 1
                 if self.as_json:
-                    console.print_line(_line(letter, result, "redriven"))
+                    console.print_line(_line(letter, plan, "redriven"))
                 else:
-                    console.stdout().print(_sentence(letter, result))
+                    console.stdout().print(_sentence(letter, plan))
         self.refused = counts["refused"]
         if not self.as_json:
             console.succeed(", ".join(f"{counts[kind]:,} {kind}" for kind in ("redriven", "skipped", "refused")))

@@ -27,7 +27,7 @@ from streams.settings import Settings
 from streams.topics import DEAD_MAX_BYTES, physical, specs
 from streams.transport.admin import topic_facts
 from streams.transport.records import PLACE_HEADERS
-from streams.transport.writer import AbortedError, FencedError, Headers, Writer
+from streams.transport.writer import RECORD_OVERHEAD_BYTES, AbortedError, FencedError, Headers, Writer
 
 # what one transaction holds at most: killed in between, so much is put back again by the next run, and none of it is seen twice
 TRANSACTION_RECORDS = 200
@@ -121,6 +121,7 @@ class Planner:
         self._encoders: dict[str, Callable[[Message], bytes]] = {}
         counts = partition_counts(settings.cluster)
         self._partitions = {spec.name: counts.get(physical(settings.env, spec.name), 0) for spec in specs()}
+        self._max_bytes = {spec.name: spec.max_message_bytes for spec in specs()}
 
     def plan(self, letter: DeadLetter, marks: Marks) -> Plan:
         """Return where `letter` goes, or why not. Raises RegistryUnavailableError."""
@@ -198,6 +199,9 @@ class Planner:
         # a reader is told where and when the record was read first: it is no newer than that
         first = [(name, letter.headers[name].encode()) for name in PLACE_HEADERS]
         headers = [*first, ("generation", str(generation).encode())]
+        size_bytes = len(letter.key or b"") + len(letter.value or b"") + sum(len(name) + len(value) for name, value in headers)
+        if size_bytes + RECORD_OVERHEAD_BYTES > self._max_bytes[topic]:
+            return Refused(reason=f"with its headers it is larger than {topic} takes")
         return Target(topic, place, letter.key, letter.value, headers, generation, note)
 
     def _encode(self, topic: str, message: Message) -> bytes:
@@ -220,22 +224,16 @@ class Redriver:
         # only now: what the one before could still commit is committed
         marks.read()
 
-    def publish(self, batch: Sequence[tuple[DeadLetter, Target]]) -> list[Plan]:
-        """Put a batch back, and return for each its target, or why Kafka refused it. Raises CliError, with nothing of it put back."""
+    def publish(self, batch: Sequence[tuple[DeadLetter, Target]]) -> None:
+        """Put a batch back. Raises CliError, and then nothing of the batch was put back."""
         if not batch:
-            return []
+            return
         try:
             self._transact(batch)
         except AbortedError as error:
-            if not error.too_large:
-                raise CliError(f"Kafka aborted a transaction ({error}), and nothing of it was put back. {_RUN_AGAIN}") from error
-            if len(batch) == 1:
-                return [Refused(reason="Kafka refuses it for its size")]
-            middle = len(batch) // 2
-            return [*self.publish(batch[:middle]), *self.publish(batch[middle:])]
+            raise CliError(f"Kafka aborted a transaction ({error}), and nothing of it was put back.", _RUN_AGAIN) from error
         except FencedError as error:
             raise self._explained(error) from error
-        return [target for _, target in batch]
 
     def _transact(self, batch: Sequence[tuple[DeadLetter, Target]]) -> None:
         now = datetime.now(UTC)

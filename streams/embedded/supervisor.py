@@ -45,7 +45,7 @@ from streams.roles import Role
 
 # a process and the roles that share it
 GROUPS: Final[Mapping[str, tuple[Role, ...]]] = {
-    "routing": (Role.INGEST, Role.STOCK, Role.ROUTER),
+    "routing": (Role.INGEST, Role.STOCK, Role.ROUTER, Role.DELAY),
     "critical": (Role.SENDER_CRITICAL,),
     "general": (Role.SENDER_NORMAL, Role.SENDER_BULK, Role.SIGNALS, Role.VIEWS, Role.STORE),
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
 from typing import NamedTuple, Protocol, Self
 
-from agents.inbox import INBOX, NOTIFICATIONS, SHELF_SIZES, Change, Decision, DeliveryState, Inbox, Notification, Shelf, moment_of
+from agents.inbox import INBOX, NOTIFICATIONS, Change, Decision, DeliveryState, Inbox, Notification, moment_of
 from schemas.codec import unpack
 from schemas.errors import DatabaseUnavailableError, UndecodableError, UnsealableError
 from schemas.ids import is_notification_id, partition_of, partition_of_notification
@@ -113,29 +113,25 @@ class Queries:
         """Return `limit` notifications of a user from the `offset`th after `before`, newest first: GetUserNotifications.
 
         A page comes wholly from the tables or wholly from PostgreSQL; both have one order: moment, then id, descending.
-        Where the tables end and PostgreSQL does not answer, a page is shorter. Raises ElsewhereError, and
-        BeyondTablesError when the page begins where the tables have ended.
+        Where the tables are not whole and PostgreSQL does not answer, it is what they have. Raises ElsewhereError, and
+        BeyondTablesError when that is nothing.
         """
         partition = partition_of(user_id.encode(), self.partitions)
         inbox = Inbox.decode(self._shard(INBOX, partition).get(user_id.encode()))
         rows = self._shard(NOTIFICATIONS, partition)
-        listed = inbox.listed()
-        is_whole = len(listed) < SHELF_SIZES[Shelf.INBOX]
-        wanted = (each for each in listed if before is None or each < before)
-        found = (Found(notification_id=each, row=Notification.decode(rows[each.encode()])) for _, each in wanted)
-        shown = (each for each in found if show is Show.ALL or not each.row.engaged.is_read)
-        page = list(islice(shown, offset, offset + limit + 1))
-        has_more = len(page) > limit
-        if not is_whole and len(page) < limit:
+        listed = [Cursor(*each) for each in inbox.listed() if before is None or each < before]
+        edge = inbox.whole_after
+        # beyond the edge the table misses some, and PostgreSQL has all
+        page = _shown(rows, [each for each in listed if edge is None or each > edge], show, offset, limit + 1)
+        has_more = len(page) > limit or (edge is not None and self.history is not None)
+        if edge is not None and len(page) < limit:
             try:
                 page = await self._older(user_id, show=show, limit=limit + 1, offset=offset, before=before)
                 has_more = len(page) > limit
             except BeyondTablesError:
+                page = _shown(rows, listed, show, offset, limit)
                 if not page and (offset or before is not None):
                     raise
-                has_more = self.history is not None
-        elif not is_whole:
-            has_more = has_more or self.history is not None
         page = page[:limit]
         key = await self.key_of(user_id) if page else None
         last = Cursor(page[-1].row.place[1], page[-1].notification_id) if page and has_more else None
@@ -187,6 +183,12 @@ class Queries:
         if rows is None:
             raise ElsewhereError(partition)
         return rows
+
+
+def _shown(rows: Mapping[bytes, bytes], places: Iterable[Cursor], show: Show, offset: int, limit: int) -> list[Found]:
+    found = (Found(notification_id=each, row=Notification.decode(rows[each.encode()])) for _, each in places)
+    shown = (each for each in found if show is Show.ALL or not each.row.engaged.is_read)
+    return list(islice(shown, offset, offset + limit))
 
 
 def is_readable(row: Notification) -> bool:

@@ -94,6 +94,7 @@ class Asking:
 
     templates: Renderer
     rates: Rates
+    new_key_seconds: float = NEW_KEY_SECONDS
 
 
 _ASKING = web.AppKey("asking", Asking)
@@ -126,7 +127,7 @@ class Ask(Page):
             return await site.proxy.forward(request, partition, body=body)
         producer = f"{PRODUCER}:{caller.service}" if caller.service else PRODUCER
         event_id = wish.key or digest(producer, wish.user_id, str(time.time_ns()), token_hex(8), size=12)
-        key = await _key(site, wish.user_id)
+        key = await _key(site, wish.user_id, new_key_seconds=asking.new_key_seconds)
         sealed = seal(key, pack(RequestData(data=wish.data)), user_id=wish.user_id, purpose="request")
         asked = NotificationRequested(
             event_id=event_id,
@@ -277,6 +278,7 @@ def _require_complete(rule: Rule, data: Mapping[str, str], templates: Renderer) 
             else:
                 break
     if missing:
+        missing.sort()
         names = ", ".join(f"data.{name}" for name in missing)
         raise invalid_field(f"data.{missing[0]}", f"is missing; the template of {rule.name} needs {names}", missing=missing)
 
@@ -311,7 +313,7 @@ async def _body(request: web.Request) -> bytes:
     return bytes(body)
 
 
-async def _key(site: Site, user_id: str) -> bytes:
+async def _key(site: Site, user_id: str, *, new_key_seconds: float) -> bytes:
     """Return the user's key; the router makes it for a user without one. Raises ProblemError when it does not in time."""
     context = site.context
     try:
@@ -324,7 +326,7 @@ async def _key(site: Site, user_id: str) -> bytes:
             await _publish(
                 context, topics.COMMANDS, user_id, Command(command_id=command_id, user_id=user_id, kind="ensure_key", issued_at=now)
             )
-            async with asyncio.timeout(NEW_KEY_SECONDS):
+            async with asyncio.timeout(new_key_seconds):
                 while (key := await context.key_of(user_id)) is None:  # noqa: ASYNC110 - it reads the topic to its end: no event
                     await asyncio.sleep(NEW_KEY_LOOK_SECONDS)
             return key

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from schemas.codec import pack
+from schemas.examples import example
+from schemas.messages import Delivery
 from streams.embedded.stack import Stack
-from tests.harness import System, system, wait_for
+from tests.harness import ROOT, System, system, wait_for
 from tests.tally_app import OUT, STEP, TOPICS
 
 MODULE = "tests.tally_app"
@@ -70,6 +75,27 @@ def test_a_run_of_dead_letters_halts_its_input_and_loses_nothing(tally: System) 
     tally.await_ready(again)
     expected = Counter(key for key, _ in (*before, *urgent, *after))
     assert {key: int(value) for key, value in tally.rows(STEP.changelogs()["counts"]).items()} == dict(expected)
+
+
+def test_a_sender_halts_the_channel_that_it_cannot_read_and_serves_the_other(stack: Stack, tmp_path: Path) -> None:
+    with system(stack, tmp_path) as made:
+        sender = made.start("sender-normal")
+        made.await_ready(sender)
+        made.produce("deliver.email.normal", [(b"user-%d" % (i % 50), b"\0%d" % i) for i in range(3_000)])
+        wait_for(lambda: sender.get("/health/ready")[0] == 503, seconds=30, what="not ready")
+        assert list(json.loads(sender.get("/health/ready")[1])["details"]["halted"]) == ["deliver.email.normal"]
+        wait_for(lambda: made.count("dead") == LIMIT, seconds=15, what="the limit in dead")
+        text = (ROOT / "schemas/avro/Delivery.avsc").read_text()
+        number = made.register(f"{made.topic('deliver.in_app.normal')}-value", text)
+        told = cast("Delivery", example("Delivery"))
+        told = replace(told, channel="in_app", lane="normal", expires_at=None, not_before=None)
+        raw = b"\0" + number.to_bytes(4, "big") + pack(told)
+        made.produce("deliver.in_app.normal", [(b"user", raw)])
+        wait_for(lambda: made.count("status") == 1, seconds=20, what="the delivery in the app")
+        assert sender.get("/health/live")[0] == 200
+        made.stop(sender)
+        made.start("sender-normal", NOTIFY_DEAD_RUN_LIMIT="0")
+        wait_for(lambda: made.count("dead") == 3_000, seconds=40, what="all of them")
 
 
 def _assigned(answer: bytes) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -100,7 +101,6 @@ def bury(
 def redrive(made: System, *arguments: str, expect: int = 0) -> list[dict[str, Any]]:
     done = made.notify("dlq", "redrive", "--json", *arguments)
     assert done.returncode == expect, done.stderr + done.stdout
-    print(done.stderr)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -258,18 +258,17 @@ def test_what_cannot_go_back_is_refused_with_its_reason_and_the_rest_goes(idle: 
         *bury(idle, [(b"k", b"bytes")], topic=lane, role=role),
         *bury(idle, [(b"k", b"bytes")], topic=topics.COMMANDS, error="version_conflict", role=role),
         *bury(idle, [(b"k", b"bytes")], topic=topics.COMMANDS, role=role, more={"offset": "x"}),
-        # with one header more it is larger than its topic takes: only the broker knows
+        # it fitted without the headers that it goes back with
         *bury(idle, [(b"k", b"x" * 1_048_500)], topic=topics.USER_ACTIONS, role=role),
         *bury(idle, [(b"k", b"fine")], topic=topics.USER_ACTIONS, role=role),
     ]
     assert len(ids) == 8
     results = redrive(idle, "--role", role, "--id", "0:99999999", *(f"--id={each}" for each in ids), expect=1)
-    assert results, "XX"
     assert Counter(result["outcome"] for result in results) == {"redriven": 1, "refused": 8}
     reasons = " | ".join(result["reason"] for result in results if result["outcome"] == "refused")
     for part in ("publish the product again", "without the headers", "nothing of ours reads", "cannot be decoded", "conflict again"):
         assert part in reasons
-    for part in ("do not say where", "refuses it for its size", "no such dead letter"):
+    for part in ("do not say where", "larger than user-actions takes", "no such dead letter"):
         assert part in reasons
     assert [m.value() for m in idle.read(topics.USER_ACTIONS)][before:] == [b"fine"]
 
@@ -295,6 +294,22 @@ def test_filters_say_which_and_the_oldest_go_first(idle: System) -> None:
     assert "skipped: already redriven as generation 1" in shown.stdout
     assert "3 redriven, 4 skipped, 0 refused" in shown.stderr
     assert "no dead letters of this kind" in idle.notify("dlq", "redrive", "--role", "nobody").stderr
+
+
+def test_in_a_terminal_it_asks_first(idle: System) -> None:
+    role = "terminal"
+    bury(idle, [(b"k", b"asked")] * 3, topic=topics.SIGNALS, role=role)
+    command = [sys.executable, "-c", "from streams.cli import main; main()", "dlq", "redrive", "--role", role]
+    env = {"PATH": "/usr/bin:/bin", **idle.variables}
+    for answer, outcomes in ((b"n\n", {"would_redrive"}), (b"y\n", {"skipped"})):
+        ours, theirs = os.openpty()
+        os.write(ours, answer)
+        done = subprocess.run(command, env=env, cwd=ROOT, stdin=theirs, capture_output=True, text=True, timeout=60, check=False)
+        os.close(ours)
+        os.close(theirs)
+        assert "Put 3 dead letters back?" in done.stderr
+        assert done.returncode == (answer == b"n\n")
+        assert {r["outcome"] for r in redrive(idle, "--role", role, "--dry-run")} == outcomes
 
 
 # ---- what becomes of it

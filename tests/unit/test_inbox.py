@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents import inbox, signals
-from agents.inbox import INBOX, NOTIFICATIONS, SHELF_SIZES, Inbox, Notification, Shelf
+from agents.inbox import INBOX, NOTIFICATIONS, SHELF_SIZES, Inbox, Notification, Shelf, millis
 from agents.ports import Effects, KnownSource
 from schemas.errors import InvalidEventError
 from schemas.ids import NotificationId, delivery_id, notification_id
@@ -262,12 +264,42 @@ def test_what_never_reaches_the_inbox_is_bounded_too() -> None:
 
 def test_what_is_older_than_a_full_shelf_leaves_no_row() -> None:
     tables = projected(a_decision(f"e{number}", decided=number) for number in range(1, 101))
-    before = {name: dict(rows) for name, rows in tables.items()}
+    before = dict(tables[NOTIFICATIONS])
+    shelves = Inbox.decode(tables[INBOX][USER.encode()]).shelves
 
     projected([a_change(event="old", channel="email", at=0), a_decision("old", decided=0)], tables)
 
-    assert tables[NOTIFICATIONS] == before[NOTIFICATIONS]
-    assert tables[INBOX] == before[INBOX]
+    assert tables[NOTIFICATIONS] == before
+    assert Inbox.decode(tables[INBOX][USER.encode()]).shelves == shelves
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.randoms(use_true_random=False), st.sampled_from(["shuffled", "decisions first", "statuses first"]))
+def test_after_its_edge_nothing_of_the_inbox_is_missing(random: Random, order: str) -> None:
+    events = [f"e{number}" for number in range(260)]
+    delivered = [event for event in events if random.random() < 0.7]
+    first: list[Record] = [a_decision(event, decided=number) for number, event in enumerate(events)]
+    then: list[Record] = [a_change(event=event, at=number) for number, event in enumerate(events) if event in delivered]
+    records = [*then, *first] if order == "statuses first" else [*first, *then]
+    if order == "shuffled":
+        random.shuffle(records)
+
+    row = Inbox.decode(projected(records)[INBOX][USER.encode()])
+
+    edge = row.whole_after
+    assert edge is not None
+    truth = sorted(((millis(START) + 1_000 * events.index(event), an_id(event)) for event in delivered), reverse=True)
+    assert [place for place in row.listed() if place > edge] == [place for place in truth if place > edge]
+
+
+def test_an_inbox_is_whole_while_nothing_of_it_fell_off() -> None:
+    skipped = (replace(a_decision(f"s{number}", decided=number, outcome="skipped"), channels=[]) for number in range(300))
+    tables = projected([*skipped, *(record for n in range(100) for record in (a_decision(f"e{n}", decided=500 + n), a_change(event=f"e{n}")))])
+    assert Inbox.decode(tables[INBOX][USER.encode()]).whole_after is None
+
+    projected([a_decision("one more", decided=900), a_change(event="one more")], tables)
+
+    assert Inbox.decode(tables[INBOX][USER.encode()]).whole_after == (millis(START) + 500_000, an_id("e0"))
 
 
 def test_the_changes_of_a_row_are_bounded_to_the_newest() -> None:

@@ -1,0 +1,254 @@
+"""Whose delivery a provider's later report is about, in whatever order report and send's own outcome arrive.
+
+A sender publishes what the provider knows a delivery by together with the attempt's outcome. A report that comes before it
+waits. Two tables, both keyed by provider and reference, JSON with moments in milliseconds since 1970 UTC:
+
+`references`  [notification, delivery, user, channel, lane, generation, attempt, at, {status: [code, at]}]: the newest attempt
+              that is known under the reference, and what was reported on it
+`waiting`     [[partition, offset, at, status, code, reported at, raw record in base64], …] in order of arrival
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from itertools import islice
+from typing import NamedTuple, Self
+
+import orjson
+
+from agents.ports import Effects, KnownSource, Output, Row, SetAside, Source, State
+from schemas import topics
+from schemas.errors import InvalidEventError, UnknownReferenceError
+from schemas.ids import partition_of
+from schemas.messages import DeliveryReport, ProviderReference, StatusChange
+from schemas.status import Axis, Status
+
+REFERENCES, WAITING = "references", "waiting"
+REPORTED = frozenset({Status.DELIVERED, Status.BOUNCED, Status.FAILED, Status.EXPIRED})
+# a send's own outcome is seconds behind a report at most; what has none after so long is not ours
+WAITING_SECONDS = 72 * 3_600
+REFERENCE_SECONDS = 90 * 86_400
+EXPIRE_EVERY_SECONDS = 10.0
+_MOST_CHARACTERS = 500
+_CODE_CHARACTERS = 60
+# so many rows past their time go with each reference: more than one comes, so that the table shrinks
+_PRUNE_ROWS = 2
+_EXPIRE_ROWS = 500
+
+
+def report_key(provider: str, reference: str) -> bytes:
+    """Return the key under which references and reports of a delivery meet."""
+    return f"{provider} {reference}".encode()
+
+
+class Reported(NamedTuple):
+    """A report with its record's bytes: what cannot be matched becomes a dead letter as it came."""
+
+    report: DeliveryReport
+    raw: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """A row of `references`."""
+
+    notification_id: str
+    delivery_id: str
+    user_id: str
+    channel: str
+    lane: str
+    generation: int
+    attempt: int
+    at_ms: int
+    reports: Mapping[str, tuple[str | None, int]] = field(default_factory=dict)
+
+    @classmethod
+    def decode(cls, row: bytes) -> Self:
+        """Return the row in its bytes."""
+        notification, delivery, user, channel, lane, generation, attempt, at_ms, reports = orjson.loads(row)
+        return cls(
+            notification_id=notification,
+            delivery_id=delivery,
+            user_id=user,
+            channel=channel,
+            lane=lane,
+            generation=generation,
+            attempt=attempt,
+            at_ms=at_ms,
+            reports={status: (code, at) for status, (code, at) in reports.items()},
+        )
+
+    def encode(self) -> bytes:
+        """Return the row's bytes."""
+        place = [self.notification_id, self.delivery_id, self.user_id, self.channel, self.lane]
+        return orjson.dumps([*place, self.generation, self.attempt, self.at_ms, self.reports])
+
+
+class _Waiting(NamedTuple):
+    """A report that no reference is known for yet."""
+
+    partition: int
+    offset: int
+    at_ms: int
+    status: str
+    code: str | None
+    reported_at_ms: int
+    raw: str
+
+
+@dataclass(frozen=True, slots=True)
+class Matcher:
+    """The decisions of the step `match`. `partitions`: of the topics keyed by user, which these share."""
+
+    partitions: int
+
+    def decide_reference(self, reference: ProviderReference, source: Source, state: State) -> Effects:
+        """Decide what becomes known under `reference`, and the status changes by the reports that waited for it.
+
+        A later attempt under the same reference takes over what was reported on the earlier one: to whoever reports, the
+        two are one message. Counts `reference`, or `stale_reference` for an earlier attempt than the known one.
+        """
+        key = report_key(reference.provider, reference.reference)
+        partition = partition_of(key, self.partitions)
+        if partition != source.partition:
+            return Effects([Output(topics.PROVIDER_REFS, key, reference, partition)], counts=["rekeyed"])
+        row = state[REFERENCES].get(key)
+        before = None if row is None else Known.decode(row)
+        is_same = before is not None and before.delivery_id == reference.delivery_id
+        if is_same and before is not None and (before.generation, before.attempt) > (reference.generation, reference.attempt):
+            return Effects(counts=["stale_reference"])
+        waiting = [_Waiting(*entry) for entry in orjson.loads(state[WAITING].get(key, b"[]"))]
+        reports = dict(before.reports) if is_same and before is not None else {}
+        for entry in waiting:
+            reports.setdefault(entry.status, (entry.code, entry.reported_at_ms))
+        known = Known(
+            notification_id=reference.notification_id,
+            delivery_id=reference.delivery_id,
+            user_id=reference.user_id,
+            channel=reference.channel,
+            lane=reference.lane,
+            generation=reference.generation,
+            attempt=reference.attempt,
+            at_ms=_milliseconds(reference.at),
+            reports=reports,
+        )
+        rows = [Row(REFERENCES, key, known.encode())]
+        if waiting:
+            rows.append(Row(WAITING, key, None))
+        rows += self._forgotten(state, key, _milliseconds(source.at))
+        is_repeated = known == before
+        outputs = [] if is_repeated else [self._change(known, reference.provider, reference.reference, status) for status in reports]
+        return Effects(outputs, rows, ["reference", *(["matched"] * len(waiting))])
+
+    def decide_report(self, found: Reported, source: Source, state: State) -> Effects:
+        """Decide the status change that a report makes, or where it waits for its reference.
+
+        Counts `matched`, `waiting` or `repeated`. Raises InvalidEventError for a report that says nothing of use.
+        """
+        report = found.report
+        _check(report)
+        key = report_key(report.provider, report.reference)
+        partition = partition_of(key, self.partitions)
+        if partition != source.partition:
+            return Effects([Output(topics.RECEIPTS, key, report, partition)], counts=["rekeyed"])
+        row = state[REFERENCES].get(key)
+        if row is None:
+            return self._wait(found, key, source, state)
+        known = Known.decode(row)
+        if report.status in known.reports:
+            return Effects(counts=["repeated"])
+        known = replace(known, reports={**known.reports, report.status: (_code(report.code), _milliseconds(report.at))})
+        return Effects(
+            [self._change(known, report.provider, report.reference, report.status)],
+            [Row(REFERENCES, key, known.encode())],
+            ["matched"],
+        )
+
+    def expire(self, now: datetime, state: State) -> Effects:
+        """Decide which reports have waited too long: dead letters, as they were read."""
+        oldest_ms = _milliseconds(now) - WAITING_SECONDS * 1000
+        effects = Effects()
+        for key, row in islice(state[WAITING].items(), _EXPIRE_ROWS):
+            entries = [_Waiting(*entry) for entry in orjson.loads(row)]
+            if entries[0].at_ms > oldest_ms:
+                break
+            effects.rows.append(Row(WAITING, key, None))
+            effects.set_aside += [
+                SetAside(
+                    KnownSource(
+                        topic=topics.RECEIPTS,
+                        partition=entry.partition,
+                        offset=entry.offset,
+                        at=datetime.fromtimestamp(entry.at_ms / 1000, UTC),
+                        key=key,
+                    ),
+                    b64decode(entry.raw),
+                    UnknownReferenceError(f"nothing that was sent within {WAITING_SECONDS // 3600} hours has this reference"),
+                )
+                for entry in entries
+            ]
+        return effects
+
+    def _wait(self, found: Reported, key: bytes, source: Source, state: State) -> Effects:
+        report = found.report
+        entries = [_Waiting(*entry) for entry in orjson.loads(state[WAITING].get(key, b"[]"))]
+        if any(entry.status == report.status for entry in entries):
+            return Effects(counts=["repeated"])
+        entry = _Waiting(
+            partition=source.partition,
+            offset=source.offset,
+            at_ms=_milliseconds(source.at),
+            status=report.status,
+            code=_code(report.code),
+            reported_at_ms=_milliseconds(report.at),
+            raw=b64encode(found.raw).decode(),
+        )
+        return Effects(rows=[Row(WAITING, key, orjson.dumps([list(each) for each in (*entries, entry)]))], counts=["waiting"])
+
+    def _forgotten(self, state: State, key: bytes, now_ms: int) -> Iterator[Row]:
+        """Yield the deletions of the oldest references past their time."""
+        for old, row in islice(state[REFERENCES].items(), _PRUNE_ROWS):
+            if old == key or now_ms - Known.decode(row).at_ms <= REFERENCE_SECONDS * 1000:
+                return
+            yield Row(REFERENCES, old, None)
+
+    def _change(self, known: Known, provider: str, reference: str, status: str) -> Output:
+        """Return the change by a report: ordered by the attempt that it is about, so that nothing late moves it back."""
+        code, at_ms = known.reports[status]
+        user = known.user_id.encode()
+        change = StatusChange(
+            notification_id=known.notification_id,
+            delivery_id=known.delivery_id,
+            user_id=known.user_id,
+            axis=Axis.DELIVERY,
+            status=status,
+            reason=code,
+            channel=known.channel,
+            lane=known.lane,
+            provider=provider,
+            reference=reference,
+            generation=known.generation,
+            attempt=known.attempt,
+            at=datetime.fromtimestamp(at_ms / 1000, UTC),
+        )
+        return Output(topics.STATUS, user, change, partition_of(user, self.partitions))
+
+
+def _check(report: DeliveryReport) -> None:
+    if report.status not in REPORTED:
+        raise InvalidEventError("status", f"is none of {', '.join(sorted(REPORTED))}")
+    for name, value in (("provider", report.provider), ("reference", report.reference)):
+        if not value or len(value) > _MOST_CHARACTERS:
+            raise InvalidEventError(name, f"is empty or longer than {_MOST_CHARACTERS} characters")
+
+
+def _code(text: str | None) -> str | None:
+    """Return a provider's code fit for the trail: without whatever looks like an address."""
+    return " ".join(word for word in (text or "").split() if "@" not in word and word.isprintable())[:_CODE_CHARACTERS] or None
+
+
+def _milliseconds(at: datetime) -> int:
+    return round(at.timestamp() * 1000)

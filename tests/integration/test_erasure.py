@@ -1,0 +1,213 @@
+"""Forgetting a user: with his key everything that was sealed for him is gone, from every file of every part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, but not said so
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourceType,
+)
+
+from schemas.codec import pack, unpack
+from schemas.errors import UnsealableError
+from schemas.ids import partition_of
+from schemas.messages import NotificationRequested, RequestData, UserKey
+from schemas.sealed import seal, unseal, unwrap
+from streams.cli import keys
+from streams.cli.wire import Wire
+from streams.embedded.stack import Stack
+from streams.topics import physical, specs
+from tests.harness import System, system, wait_for
+
+ROLES = ("ingest", "router", "sender-critical", "sender-normal", "signals", "views", "store")
+USER = "to-be-forgotten"
+NAME, ADDRESS, PHONE = "Zebulon Quixworth", "zebulon.quixworth@planted.example", "+15550199777"
+POSTED, SENT, BURIED = "the marmalade is under the third floorboard", "bring the violet umbrella tonight", "whisper of the ninth lighthouse"
+PLANTED = (NAME, ADDRESS, PHONE, POSTED, SENT, BURIED)
+# in a payment, which its own service publishes readable: what shows that the search finds what is there
+READABLE = "readable-control-7f3a"
+
+
+@pytest.fixture(scope="module")
+def running(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    with system(stack, tmp_path_factory.mktemp("erasure")) as made:
+        for role in ROLES:
+            made.start(role)
+        made.await_ready(seconds=150)
+        yield made
+
+
+def files_with(made: System, wanted: bytes) -> list[str]:
+    """Return the files that hold `wanted`: of Kafka, registry, PostgreSQL and every worker, their logs and caches included.
+
+    Not the mail server's: what was delivered is the recipient's.
+    """
+    root = made.stack.data_dir
+    found = (path for folder in (root, made.folder) for path in folder.rglob("*") if root / "mail" not in path.parents)
+    return [str(path) for path in found if path.is_file() and wanted in content(path)]
+
+
+def content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:  # a segment that was cleaned up while we looked
+        return b""
+
+
+def records_with(made: System, wanted: bytes) -> list[str]:
+    """Return the topics of which a record holds `wanted` in key, value or headers, however its batch is compressed."""
+    found = set()
+    for spec in made.specs:
+        for record in made.follow(spec.name):
+            parts = (record.key(), record.value(), *(value for _, value in record.headers() or ()))
+            if any(wanted in part for part in parts if part):
+                found.add(spec.name)
+    return sorted(found)
+
+
+def stored_key(made: System) -> bytes:
+    """Return the user's wrapped key."""
+    with Wire(made.settings) as wire:
+        return wire.decode(made.rows("keys")[USER.encode()], UserKey).wrapped
+
+
+def bury(made: System, key: bytes) -> None:
+    """Publish a request that no rule is known for, sealed as ours are: it becomes a dead letter."""
+    sealed = seal(key, pack(RequestData(data={"title": BURIED, "message": BURIED})), user_id=USER, purpose="request")
+    with Wire(made.settings) as wire:
+        codec = wire.codec([spec for spec in specs() if spec.name == "requests.normal"])
+    found = made.decode(next(iter(made.follow("requests.normal"))), NotificationRequested)
+    lost = NotificationRequested(
+        event_id="e-buried", producer="test", rule="unheard-of", user_id=USER, occurred_at=found.occurred_at, sealed=sealed
+    )
+    made.produce("requests.normal", [(USER.encode(), codec.encode(lost))])
+    wait_for(
+        lambda: [m for m in made.read("dead") if m.key() == USER.encode() and dict(m.headers() or ())["error"] == b"unknown_rule"],
+        seconds=20,
+        what="the dead letter",
+    )
+
+
+def hasten_compaction(made: System) -> None:
+    """Make the broker clean the compacted topics of this environment as soon as a segment is full, and that at once."""
+    quick = {
+        "segment.ms": "200",
+        "min.cleanable.dirty.ratio": "0.0001",
+        "max.compaction.lag.ms": "200",
+        "delete.retention.ms": "0",
+        "file.delete.delay.ms": "500",
+    }
+    compacted = [physical(made.name, spec.name) for spec in made.specs if spec.is_compacted]
+    alter(made, {ConfigResource(ResourceType.TOPIC, name): quick for name in compacted})
+    broker = next(iter(made.admin.list_topics().brokers))
+    alter(made, {ConfigResource(ResourceType.BROKER, str(broker)): {"log.cleaner.backoff.ms": "300"}})
+
+
+def alter(made: System, wanted: Mapping[ConfigResource, Mapping[str, str]]) -> None:
+    resources = []
+    for resource, settings in wanted.items():
+        for name, value in settings.items():
+            resource.add_incremental_config(ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET))
+        resources.append(resource)
+    for done in made.admin.incremental_alter_configs(resources).values():
+        done.result()
+
+
+def neighbours(made: System) -> Iterator[str]:
+    """Yield users on the same partition as the one to be forgotten."""
+    number = 0
+    while True:
+        number += 1
+        if partition_of(f"n-{number}".encode(), made.partitions) == partition_of(USER.encode(), made.partitions):
+            yield f"n-{number}"
+
+
+def inbox(made: System) -> dict[str, str]:
+    page = made.web(f"/users/{USER}/notifications", user=USER)[1]
+    return {each["notificationId"]: each["message"] for each in page["notifications"]}
+
+
+def test_a_forgotten_user_is_readable_nowhere_and_may_come_back_with_a_new_key(running: System) -> None:
+    contact = {"userId": USER, "name": NAME, "email": ADDRESS, "phone": PHONE}
+    running.load_preferences([contact])
+    assert running.notify("watch", USER, "prod_1129").returncode == 0
+    running.produce("payments", running.frame_payments([{"paymentId": READABLE, "userId": "other", "status": "confirmed", "amount": 1.0}]))
+    asked = {"userId": USER, "rule": "message", "data": {"title": "For you", "message": POSTED}}
+    posted = running.ask("/notifications", asked)[2]["notificationId"]
+    sent = running.notify("send", "--user", USER, "--title", "Tonight", "--message", SENT).stdout.strip()
+    for notification in (posted, sent):
+        wait_for(lambda n=notification: running.mails()[f"{n}-email"] == 1, seconds=40, what="the mail")
+    wait_for(lambda: set(inbox(running).values()) == {POSTED, SENT}, seconds=30, what="both in the inbox")
+    wrapped = stored_key(running)
+    key = unwrap(running.settings.seal_key, wrapped, user_id=USER)
+    bury(running, key)
+
+    assert files_with(running, wrapped), "the search does not find the wrapped key where it is"
+    assert files_with(running, READABLE.encode()), "the search does not find what is readable"
+    assert records_with(running, READABLE.encode()), "the search does not find what is readable in records"
+    for words in PLANTED:
+        assert not files_with(running, words.encode()), f"{words!r} was readable before"
+
+    done = running.notify("user", USER, "forget", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "is forgotten" in done.stderr
+    assert "What remains" in done.stderr
+    wait_for(lambda: set(inbox(running).values()) == {"erased"}, seconds=30, what="erased in the inbox")
+    assert running.web(f"/notifications/{posted}", user=USER)[1]["title"] == "erased"
+    assert not [row for row in running.rows("watches") if USER.encode() in row]
+    assert USER.encode() not in running.rows("preferences").keys() | running.rows("keys").keys()
+
+    hasten_compaction(running)
+    fillers = neighbours(running)
+
+    def is_cleaned_up() -> bool:
+        # a segment is closed by the next record after its time, and only closed ones are cleaned
+        filler = next(fillers)
+        running.load_preferences([{"userId": filler, "email": f"{filler}@example.com"}])
+        return not files_with(running, wrapped)
+
+    wait_for(is_cleaned_up, seconds=120, what="the wrapped key gone from every file")
+    for words in PLANTED:
+        assert not files_with(running, words.encode()), words
+        assert not records_with(running, words.encode()), words
+    assert not records_with(running, wrapped)
+
+    again = running.ask("/notifications", {**asked, "data": {"title": "Welcome back", "message": "hello again"}})
+    assert again[0] == 202, again
+    wait_for(lambda: inbox(running).get(again[2]["notificationId"]) == "hello again", seconds=30, what="the new notification")
+    assert sorted(inbox(running).values()) == ["erased", "erased", "hello again"]
+    with Wire(running.settings) as wire:
+        fresh = keys.find_key(running.settings, wire, USER)
+    assert fresh is not None
+    assert fresh != key
+    # what is left of his requests opens with the destroyed key alone
+    old = next(r for r in requests_of(running) if r.event_id == "e-buried")
+    assert old.sealed is not None
+    assert unpack(unseal(key, old.sealed, user_id=USER, purpose="request"), RequestData).data["title"] == BURIED
+    with pytest.raises(UnsealableError):
+        unseal(fresh, old.sealed, user_id=USER, purpose="request")
+
+
+def requests_of(made: System) -> Iterator[NotificationRequested]:
+    return (made.decode(record, NotificationRequested) for record in made.follow("requests.normal") if record.key() == USER.encode())
+
+
+def test_forgetting_is_asked_for_first_and_can_be_taken_back(running: System) -> None:
+    before = running.count("commands")
+    assert running.notify("user", "somebody", "forget", stdin="n\n").returncode == 1
+    assert running.notify("user", "somebody", "forget", stdin="").returncode == 1
+    assert running.count("commands") == before
+
+
+def test_a_user_of_whom_nothing_is_known_can_be_forgotten_too(running: System) -> None:
+    done = running.notify("user", "never-seen", "forget", "--yes", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (document["userId"], document["isForgotten"]) == ("never-seen", True)
+    assert all({"what", "where", "howLong"} == each.keys() for each in document["remains"])

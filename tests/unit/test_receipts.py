@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.ports import Effects, KnownSource, SetAside
+from agents.receipts import REFERENCE_SECONDS, REFERENCES, WAITING, WAITING_SECONDS, Matcher, Reported, report_key
+from schemas import topics
+from schemas.errors import InvalidEventError
+from schemas.ids import partition_of
+from schemas.messages import DeliveryReport, ProviderReference, StatusChange
+from schemas.status import Status, order
+
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
+PARTITIONS = 4
+REFERENCE = ProviderReference(
+    provider="smtp",
+    reference="d.0@example.com",
+    notification_id="n",
+    delivery_id="d",
+    user_id="u",
+    channel="email",
+    lane="normal",
+    generation=0,
+    attempt=1,
+    at=NOW,
+)
+REPORT = DeliveryReport(report_id="r", provider="smtp", reference=REFERENCE.reference, status="delivered", code="2.0.0", at=NOW)
+
+
+class Desk:
+    """A matcher with its tables: applies what it decides, as the runner does."""
+
+    def __init__(self) -> None:
+        self.matcher = Matcher(PARTITIONS)
+        self.state: dict[str, OrderedDict[bytes, bytes]] = {REFERENCES: OrderedDict(), WAITING: OrderedDict()}
+        self.changes: list[StatusChange] = []
+        self.offset = 0
+
+    def tell(self, message: ProviderReference | DeliveryReport, *, at: datetime = NOW) -> Effects:
+        self.offset += 1
+        key = report_key(message.provider, message.reference)
+        topic = topics.RECEIPTS if isinstance(message, DeliveryReport) else topics.PROVIDER_REFS
+        source = KnownSource(topic=topic, partition=partition_of(key, PARTITIONS), offset=self.offset, at=at, key=key)
+        if isinstance(message, DeliveryReport):
+            return self._apply(self.matcher.decide_report(Reported(message, b"raw"), source, self.state))
+        return self._apply(self.matcher.decide_reference(message, source, self.state))
+
+    def expire(self, at: datetime) -> list[SetAside]:
+        return self._apply(self.matcher.expire(at, self.state)).set_aside
+
+    def _apply(self, effects: Effects) -> Effects:
+        for row in effects.rows:
+            if row.value is None:
+                self.state[row.table].pop(row.key, None)
+            else:
+                self.state[row.table][row.key] = row.value
+        self.changes += [output.value for output in effects.outputs if isinstance(output.value, StatusChange)]
+        return effects
+
+    @property
+    def winner(self) -> StatusChange:
+        return max(self.changes, key=_order)
+
+
+def _order(change: StatusChange) -> tuple[int, int, int]:
+    return order(generation=change.generation, attempt=change.attempt, status=Status(change.status))
+
+
+def test_a_report_after_its_reference_changes_the_status_of_that_attempt() -> None:
+    desk = Desk()
+    desk.tell(replace(REFERENCE, attempt=3, generation=1))
+    assert desk.tell(REPORT).counts == ["matched"]
+    (change,) = desk.changes
+    assert (change.status, change.reason, change.generation, change.attempt, change.delivery_id) == ("delivered", "2.0.0", 1, 3, "d")
+
+
+def test_a_report_before_its_reference_waits_for_it() -> None:
+    desk = Desk()
+    assert desk.tell(REPORT).counts == ["waiting"]
+    assert not desk.changes
+    desk.tell(REFERENCE)
+    assert [change.status for change in desk.changes] == ["delivered"]
+    assert not desk.state[WAITING]
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_report_told_twice_counts_once(*, is_early: bool) -> None:
+    desk = Desk()
+    told = [REPORT, replace(REPORT, report_id="again"), REFERENCE] if is_early else [REFERENCE, REPORT, REPORT]
+    effects = [desk.tell(message) for message in told]
+    assert sum(each.counts.count("repeated") for each in effects) == 1
+    assert len(desk.changes) == 1
+
+
+def test_a_reference_told_twice_changes_nothing() -> None:
+    desk = Desk()
+    for message in (REFERENCE, REPORT, REFERENCE):
+        desk.tell(message)
+    assert len(desk.changes) == 1
+
+
+def test_what_was_reported_on_an_unknown_attempt_counts_for_the_attempt_that_repeated_it() -> None:
+    desk = Desk()
+    for message in (REFERENCE, REPORT, replace(REFERENCE, attempt=2)):
+        desk.tell(message)
+    assert [(change.status, change.attempt) for change in desk.changes] == [("delivered", 1), ("delivered", 2)]
+    assert desk.tell(REFERENCE).counts == ["stale_reference"]
+
+
+def test_another_delivery_under_the_same_reference_inherits_nothing() -> None:
+    desk = Desk()
+    for message in (REFERENCE, REPORT, replace(REFERENCE, delivery_id="other")):
+        desk.tell(message)
+    assert [change.delivery_id for change in desk.changes] == ["d"]
+
+
+@given(st.permutations([REFERENCE, REPORT, replace(REPORT, status="bounced", code="5.1.1"), REPORT]))
+def test_in_any_order_bounced_beats_delivered(told: Sequence[ProviderReference | DeliveryReport]) -> None:
+    desk = Desk()
+    for message in told:
+        desk.tell(message)
+    assert desk.winner.status == "bounced"
+    assert sorted(change.status for change in desk.changes) == ["bounced", "delivered"]
+
+
+def test_any_order_of_references_and_reports_ends_in_the_same_status() -> None:
+    told = [REFERENCE, replace(REFERENCE, attempt=2), REPORT]
+    for sequence in itertools.permutations(told):
+        desk = Desk()
+        for message in sequence:
+            desk.tell(message)
+        assert (desk.winner.status, desk.winner.attempt) == ("delivered", 2)
+
+
+def test_a_report_that_nothing_answers_to_is_a_dead_letter_after_three_days_with_where_it_was_read() -> None:
+    desk = Desk()
+    desk.tell(REPORT)
+    assert not desk.expire(NOW + timedelta(seconds=WAITING_SECONDS - 1))
+    (aside,) = desk.expire(NOW + timedelta(seconds=WAITING_SECONDS + 1))
+    key = report_key(REPORT.provider, REPORT.reference)
+    assert (aside.source.topic, aside.source.partition, aside.source.offset) == ("receipts", partition_of(key, PARTITIONS), 1)
+    assert (aside.source.at, aside.source.key, aside.value, aside.error.reason) == (NOW, key, b"raw", "unknown_reference")
+    assert not desk.state[WAITING]
+
+
+def test_a_reference_is_forgotten_after_90_days() -> None:
+    desk = Desk()
+    desk.tell(REFERENCE)
+    later = NOW + timedelta(seconds=REFERENCE_SECONDS + 1)
+    desk.tell(replace(REFERENCE, reference="other", at=later), at=later)
+    assert list(desk.state[REFERENCES]) == [report_key("smtp", "other")]
+
+
+def test_a_report_on_another_partition_than_its_references_is_sent_on() -> None:
+    desk = Desk()
+    key = report_key(REPORT.provider, REPORT.reference)
+    here = partition_of(key, PARTITIONS)
+    source = KnownSource(topic=topics.RECEIPTS, partition=(here + 1) % PARTITIONS, offset=0, at=NOW, key=b"")
+    (output,) = desk.matcher.decide_report(Reported(REPORT, b"raw"), source, desk.state).outputs
+    assert output == (topics.RECEIPTS, key, REPORT, here)
+
+
+@pytest.mark.parametrize("report", [replace(REPORT, status="read"), replace(REPORT, reference=""), replace(REPORT, provider="x" * 501)])
+def test_a_report_that_says_nothing_of_use_is_a_dead_letter(report: DeliveryReport) -> None:
+    with pytest.raises(InvalidEventError):
+        Desk().tell(report)
+
+
+def test_a_code_that_quotes_an_address_does_not_carry_it_into_the_trail() -> None:
+    desk = Desk()
+    desk.tell(REFERENCE)
+    desk.tell(replace(REPORT, status="bounced", code="550 <ada@example.com> unknown"))
+    assert desk.changes[0].reason == "550 unknown"

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import growth, latency, machine, pipeline, profiling, recovery, report, state, throughput
+from benchmarks import growth, latency, machine, pipeline, profiling, recovery, report, scaling, state, throughput
 from benchmarks.laboratory import BenchmarkError, Laboratory, laboratory
 from benchmarks.sizes import QUICK, Sizes
 
@@ -54,6 +54,8 @@ def main(  # noqa: PLR0913 - one parameter an option
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(report.render(report.load(raw)), "utf-8")
         print(f"written: {target.name}")
+        if target == report.REPORT and scaling.write(report.REPORT.with_name("scaling.md"), report.load(raw)):
+            print("written: scaling.md")
 
 
 def _measure(names: list[str], peers: list[str], sizes: Sizes, raw: Path | None) -> None:

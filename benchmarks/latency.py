@@ -192,9 +192,9 @@ def describe(result: dict[str, Any]) -> str:
     return f"""\
 {result["samples"]:,} failed payments a repetition (and as many again in each of the other conditions), {result["per_second"]} a second
 on a schedule that waits for nothing, after {_WARM_UP_SECONDS:.0f} s that do not count. A failed payment is the critical lane's. The
-clock starts when the payment is handed to its producer (which was at most {late:.1f} ms late, p99) and stops, for e-mail, when the mail sink has the final dot
-and answers; for in-app, when the status `delivered` can be read by a consumer that sees committed records only, as the views do. All
-roles, broker, sink, load and observers share this machine's cores. Milliseconds:
+clock starts when the payment is handed to its producer (which was at most {late:.1f} ms late, p99) and stops, for e-mail, when the
+mail sink has the final dot and answers; for in-app, when the status `delivered` can be read by a consumer that sees committed
+records only, as the views do. All roles, broker, sink, load and observers share this machine's cores. Milliseconds:
 
 {figures.table(["", "delivery", "p50", "p99"], rows)}
 

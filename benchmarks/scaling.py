@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks import figures
 
+BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 RATES = (1_000, 10_000, 100_000, 1_000_000)
 REPLICATION = 3
 # cores are planned to be so busy at the peak
@@ -89,3 +91,15 @@ def tables(pipeline: dict[str, Any], state: dict[str, Any]) -> str:
         ["dollars a million notifications, about", *(f"{plan.dollars / (plan.rate * DAY_SECONDS * 30.4 / 1e6):.2f}" for plan in found)],
     ]
     return figures.table(header, rows)
+
+
+def write(page: Path, results: dict[str, Any]) -> bool:
+    """Put the tables of `results` between the page's marks. False: what they follow from was not measured."""
+    if not {"2", "6"} <= results.keys():
+        return False
+    text = page.read_text("utf-8")
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    shown = tables(results["2"]["result"], results["6"]["result"])
+    page.write_text(f"{head}{BEGIN}\n\n{shown}\n\n{END}{tail}", "utf-8")
+    return True

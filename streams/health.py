@@ -102,11 +102,11 @@ class HealthWatch:
         for channel, count in waiting.items():
             metrics.waiting.labels(channel).set(count)
             metrics.paused.labels(channel).set(held[channel])
-        metrics.store_paused.set(len(self._waiting_for_database()))
+        self._is_store_paused()
 
-    def _waiting_for_database(self) -> list[int]:
-        shards = self._runner.shards.values()
-        return [shard.partition for shard in shards if isinstance(shard, StoringShard) and shard.is_paused]
+    def _is_store_paused(self) -> bool:
+        stores = {shard.store for shard in self._runner.shards.values() if isinstance(shard, StoringShard)}
+        return any(store.tell() for store in stores)
 
     def health(self) -> Health:
         """Return whether the worker lives and is ready, and why not."""
@@ -120,7 +120,7 @@ class HealthWatch:
             for channel, (_, is_held) in shard.waiting().items()
             if is_held
         }
-        if self._waiting_for_database():
+        if self._is_store_paused():
             held.add("postgres")
         committed = {(topic, shard.partition): shard.committed_at for shard in runner.shards.values() for topic in shard.physical_topics()}
         stuck = [

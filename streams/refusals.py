@@ -7,27 +7,61 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Iterator
 
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]  # exported, but not said so
 
 from streams.security import KafkaSecurity, Mechanism, Protocol
 from streams.transport.cluster import Cluster
 
 CONNECT_SECONDS = 3.0
+ANSWER_SECONDS = 5.0
+_SLICE_SECONDS = 0.5
 _ALERT_SECONDS = 0.5  # TLS 1.3 says only after the handshake that it wanted a certificate
 # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH
 _WRONG_NAME = frozenset({62, 64})
 _SAID = re.compile(r"(?:SASL authentication error: |handshake failed: )(?P<text>.*?)(?: \(after \d+ms in state \w+\))?$")
 
 
+class UnreachableError(Exception):
+    """No broker answers. The message says in one or two sentences why, and what to do."""
+
+
+def ask(cluster: Cluster) -> ClusterMetadata:
+    """Return what the cluster says of itself. Blocks for at most ANSWER_SECONDS. Raises UnreachableError.
+
+    The way there is tried first, without a name: librdkafka alone does not tell a wrong name from an unknown authority.
+    """
+    ways = [_look(server, cluster.security) for server in cluster.bootstrap.split(",")]
+    if all(ways):
+        raise UnreachableError(" ".join(dict.fromkeys(filter(None, ways))))
+    found: list[tuple[int, str]] = []
+    config = {**cluster.config(), "log_level": 0, "error_cb": lambda error: found.append((error.code(), error.str()))}
+    try:
+        client = AdminClient(config)
+    except KafkaException as error:
+        raise UnreachableError(f"There is no token to authenticate with: {error.args[0].str()}.") from error
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            return client.list_topics(timeout=_SLICE_SECONDS)
+        except KafkaException as error:
+            client.poll(0)
+            refused = next((text for code, text in found if code == KafkaError._AUTHENTICATION), None)  # noqa: SLF001 - public, for all its underscore
+            if refused is not None:
+                match = _SAID.search(refused)
+                raise UnreachableError(_explain_authentication(match["text"] if match else refused, cluster.security)) from error
+            if time.monotonic() > deadline:
+                raise UnreachableError(_silence(cluster.security)) from error
+
+
 def why_unreachable(cluster: Cluster) -> str:
-    """Return in one or two sentences why no broker answers `cluster`. Blocks for some seconds."""
-    found = list(dict.fromkeys(why for server in cluster.bootstrap.split(",") if (why := _look(server, cluster.security))))
-    if found:
-        return " ".join(found)
-    return _ask(cluster)
+    """Return in one or two sentences why Kafka did not answer a moment ago. Blocks for some seconds."""
+    try:
+        ask(cluster)
+    except UnreachableError as error:
+        return str(error)
+    return f"Kafka at {cluster.bootstrap} did not answer, and does again: try again."
 
 
 def _look(server: str, security: KafkaSecurity) -> str | None:
@@ -94,21 +128,12 @@ def _look_for_tls(connection: socket.socket, server: str, protocol: Protocol) ->
     return f"{server} speaks TLS, but NOTIFY_KAFKA_SECURITY_PROTOCOL is {protocol}: set {with_tls}."
 
 
-def _ask(cluster: Cluster) -> str:
-    """Return why Kafka does not answer although the connection is made: it does not know us, or expects something else."""
-    errors = list(dict.fromkeys(_errors(cluster)))
-    security = cluster.security
-    said = next((text for code, text in errors if code == KafkaError._AUTHENTICATION), None)  # noqa: SLF001 - public, for all its underscore
-    if said is not None:
-        match = _SAID.search(said)
-        return _explain_authentication(match["text"] if match else said, security)
-    tokens = next((text for _, text in errors if "token" in text.lower()), None)
-    if tokens is not None:
-        return f"There is no token to authenticate with: {tokens}"
-    if not security.protocol.has_sasl:
-        protocol = f"NOTIFY_KAFKA_SECURITY_PROTOCOL is {security.protocol}"
-        return f"Kafka takes the connection and then ends it: {protocol}, and this port may ask for a name (SASL)."
-    return f"Kafka takes the connection and does not answer. It was spoken to with {security.shown}."
+def _silence(security: KafkaSecurity) -> str:
+    """Return why Kafka may say nothing although the connection is made and nobody was refused."""
+    if security.protocol.has_sasl:
+        return f"Kafka takes the connection and does not answer. It was spoken to with {security.shown}."
+    protocol = f"NOTIFY_KAFKA_SECURITY_PROTOCOL is {security.protocol}"
+    return f"Kafka takes the connection and then ends it: {protocol}, and this port may ask for a name (SASL)."
 
 
 def _explain_authentication(reason: str, security: KafkaSecurity) -> str:
@@ -120,19 +145,3 @@ def _explain_authentication(reason: str, security: KafkaSecurity) -> str:
         f"Kafka does not accept the user {security.user!r} with this password ({reason}): "
         "look at NOTIFY_KAFKA_USER, NOTIFY_KAFKA_PASSWORD and NOTIFY_KAFKA_SASL_MECHANISM."
     )
-
-
-def _errors(cluster: Cluster) -> Iterator[tuple[int, str]]:
-    found: list[tuple[int, str]] = []
-    config = {**cluster.config(), "log_level": 0, "error_cb": lambda error: found.append((error.code(), error.str()))}
-    try:
-        client = AdminClient(config)
-    except KafkaException as error:  # no token
-        yield error.args[0].code(), error.args[0].str()
-        return
-    with contextlib.suppress(KafkaException):
-        client.list_topics(timeout=CONNECT_SECONDS)
-    until = time.monotonic() + _ALERT_SECONDS
-    while time.monotonic() < until:
-        client.poll(0.1)
-    yield from found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -29,8 +30,9 @@ NO_SECURITY = RegistrySecurity()
 
 def connection_options(security: RegistrySecurity) -> dict[str, Any]:
     """Return how an aiohttp session proves who we are and whom it trusts. Called in the loop that the session runs in."""
-    auth = None if security.user is None else aiohttp.BasicAuth(security.user, security.password or "")
-    return {"auth": auth, "connector": aiohttp.TCPConnector(ssl=security.tls.context())}
+    named = base64.b64encode(f"{security.user}:{security.password}".encode()).decode()
+    headers = {} if security.user is None else {"Authorization": f"Basic {named}"}
+    return {"headers": headers, "connector": aiohttp.TCPConnector(ssl=security.tls.context())}
 
 
 def refusal(problem: Exception | int, security: RegistrySecurity) -> str:

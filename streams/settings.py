@@ -207,7 +207,7 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_DEAD_RUN_LIMIT": "so many dead letters in a row, or more than half of 1000 records, halt an input; 0: never; default 200",
     "NOTIFY_POSTGRES_URL": "the database, postgresql://user:password@host:port/name; secret; the store needs it, views page on with it",
     "NOTIFY_STORE_MONTHS": "how many months of notifications the database keeps, the current one included; default 13",
-    "NOTIFY_POSTS_PER_SECOND": "POST /notifications that a token may make in a second; default 50",
+    "NOTIFY_POSTS_PER_SECOND": "requests and watches that a token may ask a views worker for in a second; default 50",
     "NOTIFY_CACHE_DIR": "where `notify up` keeps downloads; default ~/.cache/flowmart-notify",
 }
 SECRETS = frozenset(

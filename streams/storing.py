@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 from schemas.errors import DatabaseUnavailableError, RefusedValueError, RegistryUnavailableError, SettingsError
 from streams.runner import TURN_SECONDS, Lane, RecordSource, Shard, Tools
+from streams.runs import Passage
 from streams.store.database import Database
 from streams.store.migrate import migrate
 from streams.store.rows import Kept, keep
@@ -48,7 +48,8 @@ class Store:
         self._preparing = asyncio.Lock()
         # partition -> monotonic time since which it waits for an answer
         self._waiting: dict[int, float] = {}
-        self._failing: set[int] = set()
+        self._failing: dict[int, str] = {}  # partition -> why its last try failed
+        self._is_told = False
 
     async def keep(self, partition: int, records: list[Any], *, take_turn: Callable[[], Awaitable[None]]) -> Kept:
         """Merge decoded `records` into their rows, durably. Raises DatabaseUnavailableError, RefusedValueError: nothing changed."""
@@ -58,29 +59,39 @@ class Store:
             async with self._database.begin() as connection:
                 kept = await keep(connection, partition, records, take_turn=take_turn)
         except DatabaseUnavailableError as error:
-            if not self._failing:
-                log.warning("store.paused error=%s", error)
-            self._failing.add(partition)
+            self._failing[partition] = str(error)
+            self.tell()
             raise
         finally:
-            del self._waiting[partition]
-        if self._failing:
-            self._failing.discard(partition)
-            if not self._failing:
-                log.warning("store.resumed")
+            self._waiting.pop(partition, None)
+        self._failing.pop(partition, None)
+        self.tell()
         metrics = self._tools.metrics
         metrics.store_seconds.observe(time.monotonic() - began)
         metrics.store_rows.labels("notification").inc(kept.notifications)
         metrics.store_rows.labels("delivery").inc(kept.deliveries)
         return kept
 
-    def is_paused(self, partition: int) -> bool:
-        """Say whether a partition waits for PostgreSQL: it refused, or has not answered for SLOW_SECONDS."""
-        return partition in self._failing or time.monotonic() - self._waiting.get(partition, math.inf) > SLOW_SECONDS
+    def tell(self) -> int:
+        """Return how many partitions wait for PostgreSQL: it refused, or has not answered for SLOW_SECONDS.
+
+        Sets the gauge; the log hears of the first one and of the end of the last one.
+        """
+        now = time.monotonic()
+        slow = {partition: "no answer" for partition, since in self._waiting.items() if now - since > SLOW_SECONDS}
+        paused = slow | self._failing
+        self._tools.metrics.store_paused.set(len(paused))
+        if paused and not self._is_told:
+            log.warning("store.paused reason=%r", next(iter(paused.values())))
+        elif self._is_told and not paused:
+            log.warning("store.resumed")
+        self._is_told = bool(paused)
+        return len(paused)
 
     def forget(self, partition: int) -> None:
         """Note that a partition is owned here no longer."""
-        self._failing.discard(partition)
+        self._failing.pop(partition, None)
+        self._waiting.pop(partition, None)
 
     async def keep_house(self) -> None:
         """Make the coming months and drop old ones from time to time, until cancelled."""
@@ -120,9 +131,11 @@ class StoringShard(Shard):
 
     def __init__(self, tools: Tools, step: Step, partition: int, lanes: list[Lane], *, store: Store) -> None:
         super().__init__(tools, step, partition, lanes)
-        self._store = store
+        self.store = store
         self._most = BATCH_RECORDS
-        self._only: str | None = None  # the one input to take from, while a value is looked for that PostgreSQL refuses
+        # the one input to take from, while a value is looked for that PostgreSQL refuses, and the one that was looked at last
+        self._only: str | None = None
+        self._last: str | None = None
         self._tries = 0
 
     async def run(self) -> None:
@@ -143,15 +156,10 @@ class StoringShard(Shard):
                     log.warning("transaction.aborted step=%s partition=%d error=%s", self.step.name, self.partition, error)
                 await self._pause()
 
-    @property
-    def is_paused(self) -> bool:
-        """Whether the shard waits for PostgreSQL."""
-        return self._store.is_paused(self.partition)
-
     def give_up(self) -> None:
         """Lose the partition. What was merged stays: whoever owns it next merges the same again."""
         super().give_up()
-        self._store.forget(self.partition)
+        self.store.forget(self.partition)
 
     async def _advance(self) -> None:
         queues = {lane.topic: lane.queue for lane in self.lanes.values()}
@@ -160,18 +168,19 @@ class StoringShard(Shard):
         outcomes: Counter[str] = Counter()
         try:
             if good:
-                kept = await self._store.keep(self.partition, [each.message for each in good], take_turn=self._take_turn)
+                kept = await self.store.keep(self.partition, [each.message for each in good], take_turn=self._take_turn)
                 outcomes = kept.outcomes
                 for number, reason in kept.refused:
                     good[number].error = reason
         except RefusedValueError as error:
             if len(good) > 1:
-                self._only = good[0].lane.topic if self._most == 1 else None
+                if self._most == 1:  # one of each input: look at them one by one, not always at the same first
+                    self._only = self._last = next(topic for topic in self.lanes if topic != self._last)
                 self._most = max(1, self._most // 2)
                 return
             good[0].error = error
         await self._record(queues, taken, replayed, outcomes)
-        self._most, self._tries, self._only = BATCH_RECORDS, 0, None
+        self._most, self._tries, self._only = min(2 * self._most, BATCH_RECORDS), 0, None
 
     async def _take(self, queues: dict[str, deque[Record]]) -> tuple[list[_Taken], Counter[str]]:
         """Decode the next records of each input, and count those that are done already. Raises RegistryUnavailableError."""
@@ -201,48 +210,51 @@ class StoringShard(Shard):
                     taken.append(_Taken(lane, record, error=error))
         return taken, replayed
 
-    async def _record(
-        self, queues: dict[str, deque[Record]], taken: list[_Taken], replayed: Counter[str], outcomes: Counter[str]
-    ) -> None:
+    async def _record(self, queues: dict[str, deque[Record]], taken: list[_Taken], replayed: Counter[str], outcomes: Counter[str]) -> None:
         """Commit what nothing can come of, and how far the inputs are. Raises AbortedError: then all is done again."""
         passages = {topic: lane.run.begin() for topic, lane in self.lanes.items()}
-        ends: dict[str, int] = {}
-        done = Counter(replayed)
         self.writer.begin()
         try:
-            for each in taken:
-                topic = each.lane.topic
-                if each.lane.run.halted:
-                    continue  # what comes behind a run of dead letters stays
-                if each.error is None:
-                    passages[topic].passed()
-                elif passages[topic].may_set_aside():
-                    self.dead_letter(RecordSource(each.record, topic), each.record.value(), each.error)
-                else:
-                    continue
-                ends[topic] = each.record.offset() + 1
-                done[topic] += 1
+            done = [each for each in taken if self._settle(each, passages[each.lane.topic])]
+            ends = {each.lane.topic: each.record.offset() + 1 for each in done}
             for topic, end in ends.items():
                 self.put_watermark(topic, end)
-            await self.commit(len(taken))
+            await self.commit(len(done))
         except AbortedError:
             for passage in passages.values():
                 passage.aborted()
             self.undo()
             raise
+        handled = Counter(each.lane.topic for each in done)
         for topic, lane in self.lanes.items():
             passages[topic].committed()
             lane.watermark = ends.get(topic, lane.watermark)
-            lane.reader.finished(self.partition, done[topic])
-            self.tools.metrics.records.labels(topic).inc(done[topic] - replayed[topic])
-            self.tools.metrics.replayed.labels(topic).inc(replayed[topic])
-            if lane.queue is queues[topic]:  # else drained meanwhile
-                for _ in range(done[topic]):
-                    lane.queue.popleft()
-            if lane.run.halted:
-                lane.halt()
+            self._move_past(lane, queues[topic], handled[topic], replayed[topic])
         for outcome, count in outcomes.items():
             self.tools.metrics.events.labels(outcome).inc(count)
+
+    def _settle(self, taken: _Taken, passage: Passage) -> bool:
+        """Say whether a record is done; one that nothing can come of is set aside. What is behind a run of those stays."""
+        if taken.lane.run.halted:
+            return False
+        if taken.error is None:
+            passage.passed()
+            return True
+        if not passage.may_set_aside():
+            return False
+        self.dead_letter(RecordSource(taken.record, taken.lane.topic), taken.record.value(), taken.error)
+        return True
+
+    def _move_past(self, lane: Lane, queue: deque[Record], handled: int, replayed: int) -> None:
+        """Drop the records of `queue` that the committed transaction covers."""
+        lane.reader.finished(self.partition, handled + replayed)
+        self.tools.metrics.records.labels(lane.topic).inc(handled)
+        self.tools.metrics.replayed.labels(lane.topic).inc(replayed)
+        if lane.queue is queue:  # else drained meanwhile
+            for _ in range(handled + replayed):
+                queue.popleft()
+        if lane.run.halted:
+            lane.halt()
 
     async def _take_turn(self) -> None:
         await self.tools.turns.take(len(self.lanes))  # after every step that somebody waits for

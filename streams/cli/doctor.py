@@ -28,7 +28,7 @@ from streams.cli.context import load_settings
 from streams.cli.errors import EXIT_FAILURE, explain_kafka
 from streams.cli.provision import wanted
 from streams.provisioning import SAFE_REPLICAS, Action
-from streams.refusals import why_unreachable
+from streams.refusals import UnreachableError, ask
 from streams.registry import refusal
 from streams.rights import OPERATOR, missing, refused_transactions, sentence
 from streams.roles import Role
@@ -94,13 +94,13 @@ def examine(settings: Settings, web_url: str) -> Iterator[Check]:
     """Yield one check after the other; none of them changes anything."""
     yield Check(part="settings", state=State.PASSED, found=f"environment {settings.env}, {settings.partitions} partitions by user")
     try:
-        admin = kafka.admin(settings.cluster)
-        metadata = admin.list_topics(timeout=TIMEOUT_SECONDS)
-    except KafkaException:
-        yield Check(part="kafka", state=State.FAILED, found=f"no answer at {settings.kafka}", advice=why_unreachable(settings.cluster))
+        metadata = ask(settings.cluster)
+    except UnreachableError as error:
+        yield Check(part="kafka", state=State.FAILED, found=f"no answer at {settings.kafka}", advice=str(error))
         for part in ("rights", "topics", "replication", "workers"):
             yield Check(part=part, state=State.SKIPPED, found="Kafka does not answer")
     else:
+        admin = kafka.admin(settings.cluster)
         brokers = f"{len(metadata.brokers)} broker{'' if len(metadata.brokers) == 1 else 's'}"
         yield Check(part="kafka", state=State.PASSED, found=f"{brokers} at {settings.kafka}, {settings.cluster.security.shown}")
         yield from _guarded("rights", lambda: _rights(settings))

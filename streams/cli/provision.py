@@ -14,7 +14,7 @@ from rich.text import Text
 
 from schemas.errors import SettingsError
 from streams import provisioning
-from streams.cli import acls, console, kafka
+from streams.cli import acls, console, kafka, migrate
 from streams.cli.context import load_settings
 from streams.cli.errors import CliError
 from streams.provisioning import Action, Change, StartAt, Target
@@ -41,6 +41,7 @@ def topics_() -> None:
 
 
 app.command("acls", epilog=acls.EPILOG)(acls.acls)
+app.command("migrate", epilog=migrate.EPILOG)(migrate.migrate)
 
 
 @app.command(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -28,8 +28,6 @@ from streams.topics import physical
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from streams.store.database import Database
-
 NEEDS = frozenset({"NOTIFY_KAFKA_BOOTSTRAP", "NOTIFY_REGISTRY_URL", "NOTIFY_POSTGRES_URL"})
 BATCH_RECORDS = 2_000
 # clocks of those who wrote the log differ; what is so close to its beginning is kept, and merged with what the log says
@@ -45,9 +43,7 @@ def rebuild_() -> None:
 
 
 @app.command("postgres", epilog=console.examples("notify rebuild postgres", "notify rebuild postgres --yes --json"))
-def postgres(
-    *, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False, as_json: console.JsonOption = False
-) -> None:
+def postgres(*, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False, as_json: console.JsonOption = False) -> None:
     """Delete the notifications in PostgreSQL that the log still holds, and make them anew from it.
 
     Older ones are kept. The store may run meanwhile: each partition is one transaction, during which the store waits with
@@ -60,19 +56,23 @@ def postgres(
         _ask(oldest)
     done = asyncio.run(Rebuild(settings, beginnings).run())
     if as_json:
-        console.print_document(done)
+        console.print_document(console.to_json(done))
         return
     console.succeed(f"{done.made} notifications were made anew from {done.records} records")
     if oldest is not None:
         console.succeed(f"{done.kept} were kept: the log begins later than they do, at {console.show_time(oldest)}")
     if done.passed_over:
-        console.warn(f"{done.passed_over} records were passed over: nothing can come of them, and the store has set them aside (`notify dlq list`)")
+        console.warn(
+            f"{done.passed_over} records were passed over: nothing can come of them, and the store has set them aside (`notify dlq list`)"
+        )
 
 
 def _ask(oldest: datetime | None) -> None:
     if not sys.stdin.isatty():
         raise CliError("This deletes rows, so it asks first, and there is no terminal to ask at: say --yes.", exit_code=EXIT_SETTINGS)
-    since = "all of them: the log is complete" if oldest is None else f"those from about {console.show_time(oldest)} on; older ones are kept"
+    since = (
+        "all of them: the log is complete" if oldest is None else f"those from about {console.show_time(oldest)} on; older ones are kept"
+    )
     typer.confirm(f"Notifications in PostgreSQL will be deleted and made anew from the log, {since}. Go on?", abort=True, err=True)
 
 
@@ -112,92 +112,81 @@ def _first_moment(settings: Settings, topic: str, partition: int, low: int) -> d
     return datetime.now(UTC) if first is None else datetime.fromtimestamp(first.timestamp()[1] / 1000, UTC)
 
 
-@dataclass(slots=True)
 class Rebuild:
-    """One run over all partitions."""
+    """One run over all partitions; `beginnings` as `log_beginnings` gives them."""
 
-    settings: Settings
-    beginnings: Mapping[int, datetime | None]
-    done: Done = field(default_factory=Done)
+    def __init__(self, settings: Settings, beginnings: Mapping[int, datetime | None]) -> None:
+        self._settings = settings
+        self._beginnings = beginnings
+        self._registry = Registry(settings.registry_url, settings.data_dir / "schemas", settings.registry_security)
+        self._codec = Codec({}, self._registry.schemas)
+        self._done = Done()
 
     async def run(self) -> Done:
         """Make every partition anew. Raises DatabaseUnavailableError, CliError: the partitions done so far are done."""
         from streams.store.database import Database
         from streams.store.migrate import migrate
 
-        registry = Registry(self.settings.registry_url, self.settings.data_dir / "schemas", self.settings.registry_security)
+        settings = self._settings
         # nothing here has a deadline: a partition takes as long as its log is
-        database = Database(self.settings.postgres_url, application="notify-cli", connections=1, statement_seconds=0)
+        database = Database(settings.postgres_url, application="notify-cli", connections=1, statement_seconds=0)
         try:
-            await migrate(database, kept_months=self.settings.store_months)
-            codec = Codec({}, registry.schemas)
-            for partition, beginning in self.beginnings.items():
-                await self._partition(database, registry, codec, partition, beginning)
+            await migrate(database, kept_months=settings.store_months)
+            for partition, beginning in self._beginnings.items():
+                async with database.begin() as connection:
+                    await self._partition(connection, partition, None if beginning is None else beginning + MARGIN)
             # rows of months that are not kept, or were not made, came again
-            await migrate(database, kept_months=self.settings.store_months)
+            await migrate(database, kept_months=settings.store_months)
         finally:
             await database.close()
-            await registry.close()
-        return self.done
+            await self._registry.close()
+        return self._done
 
-    async def _partition(
-        self, database: Database, registry: Registry, codec: Codec, partition: int, beginning: datetime | None
-    ) -> None:
+    async def _partition(self, connection: AsyncConnection, partition: int, since: datetime | None) -> None:
         from streams.store.rows import count, remove, take_lock
 
-        since = None if beginning is None else beginning + MARGIN
-        async with database.begin() as connection:
-            await take_lock(connection, partition)
-            await remove(connection, partition, partitions=len(self.beginnings), since=since)
-            kept = await count(connection, partition, partitions=len(self.beginnings))
-            for topic, kind in _READ.items():
-                await self._replay(connection, registry, codec, topic, kind, partition)
-            self.done.kept += kept
-            self.done.made += await count(connection, partition, partitions=len(self.beginnings)) - kept
+        partitions = len(self._beginnings)
+        await take_lock(connection, partition)
+        await remove(connection, partition, partitions=partitions, since=since)
+        kept = await count(connection, partition, partitions=partitions)
+        for topic in _READ:
+            await self._replay(connection, topic, partition)
+        self._done.kept += kept
+        self._done.made += await count(connection, partition, partitions=partitions) - kept
 
-    async def _replay(
-        self,
-        connection: AsyncConnection,
-        registry: Registry,
-        codec: Codec,
-        topic: str,
-        kind: type[DecisionRecord | StatusChange],
-        partition: int,
-    ) -> None:
+    async def _replay(self, connection: AsyncConnection, topic: str, partition: int) -> None:
         """Merge a topic's partition to the end that it has now: the partition's lock is held, so the store is not ahead of it."""
         from streams.store.rows import keep
 
-        name = physical(self.settings.env, topic)
-        with Reader(self.settings.cluster, name, [partition]) as reader:
+        name = physical(self._settings.env, topic)
+        with Reader(self._settings.cluster, name, [partition]) as reader:
             low, high = reader.sizes()[partition]
             with console.progress(f"{name}[{partition}]", high - low) as advance:
-                for batch in _batches(reader.to_end(), lambda message: advance(cast("int", message.offset()) - low)):
-                    records = [await self._decode(registry, codec, message, kind) for message in batch]
+                for batch in _batches(reader.to_end()):
+                    records = [await self._decode(message, _READ[topic]) for message in batch]
                     good = [record for record in records if record is not None]
                     kept = await keep(connection, partition, good)
-                    self.done.records += len(batch)
-                    self.done.passed_over += len(batch) - len(good) + len(kept.refused)
+                    self._done.records += len(batch)
+                    self._done.passed_over += len(batch) - len(good) + len(kept.refused)
+                    advance(cast("int", batch[-1].offset()) - low)
 
-    async def _decode(
-        self, registry: Registry, codec: Codec, message: Message, kind: type[DecisionRecord | StatusChange]
-    ) -> DecisionRecord | StatusChange | None:
+    async def _decode(self, message: Message, kind: type[DecisionRecord | StatusChange]) -> DecisionRecord | StatusChange | None:
         try:
             try:
-                return codec.decode(message.value(), kind)
+                return self._codec.decode(message.value(), kind)
             except UnknownSchemaError as error:
-                await registry.learn(error.schema_id)
-                return codec.decode(message.value(), kind)
+                await self._registry.learn(error.schema_id)
+                return self._codec.decode(message.value(), kind)
         except PermanentError:
             return None
 
 
-def _batches(messages: Iterator[Message], tell: Callable[[Message], None]) -> Iterator[list[Message]]:
+def _batches(messages: Iterator[Message]) -> Iterator[list[Message]]:
     batch: list[Message] = []
     for message in messages:
         batch.append(message)
         if len(batch) == BATCH_RECORDS:
             yield batch
-            tell(message)
             batch = []
     if batch:
         yield batch

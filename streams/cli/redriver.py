@@ -32,7 +32,8 @@ from streams.transport.writer import RECORD_OVERHEAD_BYTES, AbortedError, Fenced
 # what one transaction holds at most: killed in between, so much is put back again by the next run, and none of it is seen twice
 TRANSACTION_RECORDS = 200
 TRANSACTION_BYTES = 8_000_000
-_FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})  # noqa: SLF001 - public
+# how a client that is no longer wanted learns of it; public, for all their underscores
+_FENCED = frozenset({KafkaError._FENCED, KafkaError._FATAL, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})  # noqa: SLF001
 # whose other readers would see a record that is published again; ingest reads `parked` alone
 NEIGHBOURS = frozenset({topics.PAYMENTS, topics.INVENTORY})
 # read by us alone, and a record that comes again changes nothing or is decided anew: published as it was
@@ -249,7 +250,10 @@ class Redriver:
         cause = error.__cause__
         if isinstance(cause, KafkaException) and cause.args[0].code() not in _FENCED:
             return CliError(explain_kafka(cause), _RUN_AGAIN)
-        return CliError(f"Another `notify dlq redrive` of the environment {self._env} began after this one, so this one stops.", _RUN_AGAIN)
+        return CliError(
+            f"Another `notify dlq redrive` of the environment {self._env} began after this one, or Kafka gave this one up: it stops.",
+            _RUN_AGAIN,
+        )
 
 
 _RUN_AGAIN = "What was put back is remembered: run the command again for the rest, and nothing is put back twice."

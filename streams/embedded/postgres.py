@@ -22,6 +22,7 @@ from typing import Final
 
 import psutil
 
+from streams.embedded import disk
 from streams.embedded.processes import (
     LOOPBACK,
     POLL_SECONDS,
@@ -50,6 +51,7 @@ class PostgresServer(Server):
     """The database. `url` is what NOTIFY_POSTGRES_URL takes. Started by root, it runs as `nobody`: it refuses to be root."""
 
     name = "postgres"
+    room_bytes = 128 * disk.MIB  # a new cluster has 54 MiB, and its log grows by files of 16 MiB
 
     def __init__(self, data_dir: Path, *, port: int, env: Mapping[str, str]) -> None:
         super().__init__(data_dir)
@@ -142,7 +144,7 @@ class PostgresServer(Server):
         except TimeoutError:
             code = await process.kill()
         if code:
-            raise StackError(f"initdb ended with exit code {code}. The last lines of {process.log_path} are:\n{process.log_tail()}")
+            raise self.failure(f"could not make its files: initdb ended with exit code {code}", process)
 
     def _run(self, binary: Path, *arguments: str) -> tuple[int, str]:
         """Return the exit code of a client program, and what it wrote to stderr."""

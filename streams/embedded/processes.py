@@ -22,12 +22,14 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final, Self
 
 import psutil
+
+from streams.embedded import disk
 
 LOOPBACK: Final = "127.0.0.1"
 POLL_SECONDS: Final = 0.02
@@ -89,6 +91,10 @@ class DataDirInUseError(StackError):
         super().__init__(f"the data folder {path} is in use by {holder}. Stop that process, or use another folder.")
 
 
+class DiskFullError(StackError):
+    """The disk of a data folder is full, or has too little room for a start. Free some, or use another folder."""
+
+
 class ServerFailedError(StackError):
     """A server exited, or was not ready in time. `log_tail` holds its last lines; `log_path` is the whole log."""
 
@@ -97,6 +103,17 @@ class ServerFailedError(StackError):
         self.log_path = log_path
         self.log_tail = log_tail
         super().__init__(f"{name} {reason}. Its log is {log_path}; the last lines are:\n{log_tail or '(nothing was logged)'}")
+
+
+@contextlib.contextmanager
+def told_when_full(what: str, folder: Path) -> Iterator[None]:
+    """Turn an OSError that says the disk is full into a DiskFullError that names the disk of `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in disk.FULL:
+            raise DiskFullError(f"{what} cannot write in {folder}: {disk.disk_of(folder)}. {disk.ADVICE}.") from error
+        raise
 
 
 def describe_process(pid: int) -> str:
@@ -342,6 +359,7 @@ class Server(ABC):
     name: str
     stop_grace_seconds: float = 6
     ready_deadline_seconds: float = 60
+    room_bytes: int = 8 * disk.MIB  # free space without which a start would fail soon, or half-way
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = data_dir
@@ -390,12 +408,18 @@ class Server(ABC):
     async def start(self) -> float:
         """Start the server and wait until it answers; returns how many seconds that took.
 
-        Raises PortInUseError, and ServerFailedError with the log's last lines when it exits or is not ready in a
-        minute (nothing is left running then). Does nothing when it runs already.
+        Raises PortInUseError, DiskFullError, and ServerFailedError with the log's last lines when it exits or is not
+        ready in a minute (nothing is left running then). Does nothing when it runs already.
         """
-        began = time.monotonic()
         if self.is_running:
             return 0.0
+        with told_when_full(self.name, self.data_dir):
+            return await self._start()
+
+    async def _start(self) -> float:
+        began = time.monotonic()
+        if short := disk.shortage({self.data_dir: self.room_bytes}, self.name):
+            raise DiskFullError(short)
         self.data_dir.mkdir(parents=True, exist_ok=True)
         await end_leftover(self.pid_path)
         for port in self.ports():
@@ -432,10 +456,22 @@ class Server(ABC):
                 raise self.failure(f"was not ready after {self.ready_deadline_seconds:.0f} s")
             await asyncio.sleep(POLL_SECONDS)
 
-    def failure(self, reason: str) -> ServerFailedError:
-        """Return the error for `reason` with the log's last lines."""
-        tail = self.process.log_tail() if self.process else ""
-        return ServerFailedError(self.name, reason, log_path=self.log_path, log_tail=tail)
+    def failure(self, reason: str, process: ManagedProcess | None = None) -> StackError:
+        """Return the error for `reason`: that the disk is full, if it is, else one with the log's last lines.
+
+        `process`: whose log it is in, when not the server's own.
+        """
+        process = process or self.process
+        tail = process.log_tail() if process else ""
+        if explanation := disk.explain(self.name, self.data_dir, tail):
+            return DiskFullError(explanation)
+        return ServerFailedError(self.name, reason, log_path=process.log_path if process else self.log_path, log_tail=tail)
+
+    def explain_end(self) -> str | None:
+        """Return a sentence when the process ended for want of space, None when for something else or not at all."""
+        if self.process is None or self.is_running:
+            return None
+        return disk.explain(self.name, self.data_dir, self.process.log_tail())
 
 
 async def accepts_connections(port: int) -> bool:

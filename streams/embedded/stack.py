@@ -22,12 +22,13 @@ from typing import Final, Self
 
 import aiohttp
 
-from streams.embedded import artifacts
+from streams.embedded import artifacts, disk
 from streams.embedded.kafka import KafkaBroker
 from streams.embedded.postgres import PostgresServer
 from streams.embedded.processes import (
     LOOPBACK,
     DataDirLock,
+    DiskFullError,
     Launch,
     Server,
     StackError,
@@ -36,6 +37,7 @@ from streams.embedded.processes import (
     end_leftover,
     inherited_environment,
     require_free_port,
+    told_when_full,
 )
 from streams.embedded.registry import RegistryServer
 
@@ -209,12 +211,13 @@ async def start_stack(  # noqa: PLR0913
 
     `cache_dir` holds what is downloaded (default: NOTIFY_CACHE_DIR or the user's cache folder). `progress` is called
     with a component and a message, from the event loop and from download threads. `warm_up` lets a later start be
-    faster, see `WarmUp`. Raises StackError, naming the process that holds a port or the folder, or with the last log
-    lines of what did not start; nothing is left running then.
+    faster, see `WarmUp`. Raises StackError, naming the process that holds a port or the folder, the disk that is full, or
+    with the last log lines of what did not start; nothing is left running then.
     """
     data_dir = data_dir.absolute()  # noqa: ASYNC240
     cache = (cache_dir or artifacts.default_cache_dir(os.environ)).absolute()
-    lock = DataDirLock(data_dir).acquire()
+    with told_when_full("the stack", data_dir):
+        lock = DataDirLock(data_dir).acquire()
     try:
         wanted = {"kafka", "controller"} | ({"smtp", "http"} if mail else set())
         wanted |= {name for name, is_wanted in (("registry", registry), ("postgres", postgres)) if is_wanted}
@@ -241,6 +244,9 @@ async def start_stack(  # noqa: PLR0913
             postgres_process=PostgresServer(data_dir / "postgres", port=ports.postgres, env=os.environ) if postgres else None,
             _lock=lock,
         )
+        # together: each of them alone may have room enough
+        if short := disk.shortage({server.data_dir: server.room_bytes for server in stack.servers}, "the stack"):
+            raise DiskFullError(short)
         await _start(stack, cache, progress or (lambda _component, _message: None))
     except BaseException:
         lock.release()
@@ -263,7 +269,8 @@ async def _settle_ports(data_dir: Path, ports: Ports, wanted: set[str]) -> Ports
             require_free_port(settled[name], purpose=PURPOSES[name])
         else:
             settled[name] = choose_port(remembered.get(name, 0), taken=settled.values())
-    path.write_text(json.dumps(remembered | {name: settled[name] for name in wanted}), encoding="utf-8")
+    with told_when_full("the stack", data_dir):
+        path.write_text(json.dumps(remembered | {name: settled[name] for name in wanted}), encoding="utf-8")
     return replace(ports, **settled)
 
 
@@ -288,9 +295,8 @@ async def _start(stack: Stack, cache: Path, tell: Progress) -> None:
     tasks = [asyncio.create_task(start(stack.broker, kafka_files()))]
     if stack.registry_process:
         tasks.append(asyncio.create_task(start(stack.registry_process, registry_files(stack.registry_process))))
-    for server in (stack.postgres_process, stack.mail_process):
-        if server:
-            tasks.append(asyncio.create_task(start(server, no_files())))
+    others = (stack.postgres_process, stack.mail_process)
+    tasks += [asyncio.create_task(start(server, no_files())) for server in others if server]
     try:
         await asyncio.gather(*tasks)
     except BaseException:

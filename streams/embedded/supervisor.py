@@ -1,7 +1,7 @@
 """The workers of a laptop as child processes, and whoever starts again what has died.
 
-Three processes for seven roles. Measured on two cores, from the start of the processes until every role is ready, and
-their memory (the proportional share of it, which counts what they have in common once):
+Three processes for ten roles. Measured on two cores with the first seven of them, from the start of the processes until every
+role is ready, and their memory (the proportional share of it, which counts what they have in common once):
 
     one role a process (7)                                                         10.6 s   420 MiB
     [ingest router] [sender-critical] [sender-normal sender-bulk] [signals views]   5.7 s   268 MiB
@@ -9,8 +9,8 @@ their memory (the proportional share of it, which counts what they have in commo
     [sender-critical] [all others]                                                  3.1 s   152 MiB
     all in one                                                                      3.5 s    99 MiB
 
-The critical sender has a process of its own: no bulk mail, page or crash of another role is in its way. So have ingest and
-router, on whose decisions it waits.
+The critical sender has a process of its own: no bulk mail, page or crash of another role is in its way. So have ingest,
+stock, router and delay, on which it waits.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Final
 
 import aiohttp
 
+from streams.embedded import disk
 from streams.embedded.processes import (
     LOOPBACK,
     Launch,
@@ -54,6 +55,8 @@ LONGEST_DELAY_SECONDS: Final = 10.0
 SOUND_SECONDS: Final = 60.0  # whoever lived so long begins with the first delay again
 WORKER_GRACE_SECONDS: Final = 4.0
 LOOK_SECONDS: Final = 0.1
+DISK_SECONDS: Final = 2.0
+LOW_BYTES: Final = 64 * disk.MIB
 HEALTH_TIMEOUT: Final = aiohttp.ClientTimeout(total=2)
 
 
@@ -65,6 +68,7 @@ class Died:
     exit_code: int | None
     lived_seconds: float
     delay_seconds: float  # until it is started again
+    explanation: str | None = None  # a sentence, when the exit code alone would tell nobody what to do
 
     @property
     def cause(self) -> str:
@@ -96,7 +100,14 @@ class NotReturned:
     delay_seconds: float
 
 
-Happening = Died | Returned | NotReturned
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filling:
+    """A disk is nearly full: `warning` says which, and how full. Told once, and again after it had room."""
+
+    warning: str
+
+
+Happening = Died | Returned | NotReturned | Filling
 Tell = Callable[[Happening], None]
 
 
@@ -155,6 +166,7 @@ class Supervisor:
         self._tell = tell
         self._servers: list[Server] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._disks: asyncio.Task[None] | None = None
 
     @property
     def servers(self) -> Sequence[Server]:
@@ -166,6 +178,9 @@ class Supervisor:
         for server in servers:
             self._servers.append(server)
             self._tasks.append(asyncio.create_task(self._keep(server), name=f"keep {server.name}"))
+        if self._servers and self._disks is None:
+            self._disks = asyncio.create_task(self._watch_disks(), name="watch disks")
+            self._tasks.append(self._disks)
 
     async def release(self) -> None:
         """Look after nothing any more; whoever is just being started again is killed."""
@@ -173,6 +188,7 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        self._disks = None
 
     async def stop(self, grace_seconds: float) -> None:
         """Stop everything at the same time: SIGTERM, and SIGKILL after `grace_seconds`."""
@@ -180,6 +196,19 @@ class Supervisor:
         for server in self._servers:
             server.stop_grace_seconds = grace_seconds
         await asyncio.gather(*(server.stop() for server in self._servers))
+
+    async def _watch_disks(self) -> None:
+        """Warn before a disk is full: Kafka ends when it is, and the mail server refuses."""
+        low: set[Path] = set()
+        while True:
+            found = {each.mount_point: each for each in (disk.disk_of(server.data_dir) for server in self._servers)}
+            for place, each in found.items():
+                if each.free_bytes < LOW_BYTES and place not in low:
+                    self._tell(Filling(warning=f"{each}, below {disk.human(LOW_BYTES)}. {disk.ADVICE}."))
+                    low.add(place)
+                elif each.free_bytes > 2 * LOW_BYTES:
+                    low.discard(place)
+            await asyncio.sleep(DISK_SECONDS)
 
     async def _keep(self, server: Server) -> None:
         delay = FIRST_DELAY_SECONDS
@@ -190,7 +219,15 @@ class Supervisor:
             lived = time.monotonic() - began
             if lived >= SOUND_SECONDS:
                 delay = FIRST_DELAY_SECONDS
-            self._tell(Died(name=server.name, exit_code=server.exit_code, lived_seconds=lived, delay_seconds=delay))
+            self._tell(
+                Died(
+                    name=server.name,
+                    exit_code=server.exit_code,
+                    lived_seconds=lived,
+                    delay_seconds=delay,
+                    explanation=server.explain_end(),
+                )
+            )
             delay = await self._bring_back(server, delay)
 
     async def _bring_back(self, server: Server, delay: float) -> float:

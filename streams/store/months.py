@@ -84,12 +84,12 @@ async def _unfiled(connection: AsyncConnection, table: Table, first: Month, end:
 async def _make(connection: AsyncConnection, table: Table, month: Month) -> None:
     name, rest = partition_name(table, month.name), partition_name(table, REST)
     begin, end = (f"'{each.begin:%Y-%m-%d}'" for each in (month, Month(month + 1)))
+    removal = f"DELETE FROM {rest} WHERE created_at >= {begin} AND created_at < {end} RETURNING *"  # noqa: S608 - our own names
     for statement in (
         f"LOCK TABLE {table.name} IN ACCESS EXCLUSIVE MODE",  # nobody writes into the rest while it is moved
         # rows change a few times while they are young: room for them beside their old selves
         f"CREATE TABLE {name} (LIKE {table.name} INCLUDING DEFAULTS) WITH (fillfactor = 80)",
-        f"WITH moved AS (DELETE FROM {rest} WHERE created_at >= {begin} AND created_at < {end} RETURNING *) "  # noqa: S608 - our own names
-        f"INSERT INTO {name} SELECT * FROM moved",
+        f"WITH moved AS ({removal}) INSERT INTO {name} SELECT * FROM moved",  # noqa: S608 - our own names
         f"ALTER TABLE {table.name} ATTACH PARTITION {name} FOR VALUES FROM ({begin}) TO ({end})",
     ):
         await connection.execute(text(statement))

@@ -237,7 +237,8 @@ def _upsert(table: Table) -> Insert:
     put = insert(table).from_select(table.columns.keys(), select(*given.columns))
     keys = table.primary_key.columns.keys()
     return put.on_conflict_do_update(
-        index_elements=keys, set_={name: put.excluded[name] for name in table.columns.keys() if name not in keys}  # noqa: SIM118 - not a dict
+        index_elements=keys,
+        set_={name: put.excluded[name] for name in table.columns.keys() if name not in keys},  # noqa: SIM118 - not a dict
     )
 
 
@@ -248,9 +249,7 @@ _LOAD: Select[str, bytes] = select(NOTIFICATION.c.notification_id, NOTIFICATION.
 _PUT = {table: _upsert(table) for table in (NOTIFICATION, DELIVERY)}
 _REMOVE = [
     delete(table).where(
-        tuple_(table.c.created_at, table.c.notification_id).in_(
-            select(*_given(("created_at", "notification_id"), table).columns)
-        )
+        tuple_(table.c.created_at, table.c.notification_id).in_(select(*_given(("created_at", "notification_id"), table).columns))
     )
     for table in (NOTIFICATION, DELIVERY)
 ]

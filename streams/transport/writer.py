@@ -62,6 +62,9 @@ class Writer:
                 producer.init_transactions(_CALL_SECONDS)
                 break
             except KafkaException as error:
+                if error.args[0].code() == KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED:
+                    problem = f"Kafka does not grant Write on transactional id {self.transactional_id}"
+                    raise FencedError(f"{problem}: `notify topics acls` lists what each role needs") from error
                 if not error.args[0].retriable() or time.monotonic() > deadline:
                     raise FencedError(f"{self.transactional_id}: {error.args[0]}") from error
         self._producer = producer
@@ -75,15 +78,24 @@ class Writer:
             raise FencedError(f"{self.transactional_id}: {error.args[0]}") from error
         self.is_open = True
 
-    def produce(self, topic: str, value: bytes | None, key: bytes | None, partition: int = -1, headers: Headers | None = None) -> None:
-        """Add a record to the open transaction. Partition -1: by the key. Raises FencedError, AbortedError."""
+    def produce(  # noqa: PLR0913 - what a record is made of
+        self,
+        topic: str,
+        value: bytes | None,
+        key: bytes | None,
+        partition: int = -1,
+        headers: Headers | None = None,
+        *,
+        timestamp_ms: int = 0,
+    ) -> None:
+        """Add a record to the open transaction. Partition -1: by the key; timestamp 0: now. Raises FencedError, AbortedError."""
         producer = self._live()
         while True:
             try:
                 if headers is None:
                     producer.produce(topic, value, key, partition)
                 else:
-                    producer.produce(topic, value, key, partition, headers=list(headers))
+                    producer.produce(topic, value, key, partition, headers=list(headers), timestamp=timestamp_ms)
             except BufferError:
                 producer.poll(0.01)
             except KafkaException as error:

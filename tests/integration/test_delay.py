@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from confluent_kafka import Producer
 
 from agents.retries import tier_for, wait_seconds
 from agents.sender import Attempt, AttemptState
@@ -44,13 +45,17 @@ def publish_held(made: System, deliveries: list[Delivery], *, least: float, most
         assert tier is not None
         by_topic[topics.retry(delivery.lane, tier)].append((delivery, wait))
     codec = codec_of(made, *by_topic)
+    producer = Producer({"bootstrap.servers": made.stack.kafka, "partitioner": "murmur2_random", "linger.ms": 5})
+    for topic in by_topic:
+        producer.list_topics(made.topic(topic))  # or else the first record of each waits for it
     published: list[Delivery] = []
     for topic, each in by_topic.items():
-        # as late as possible: in a sender the wait begins when the record is made
-        now = datetime.now(UTC)
-        held = [replace(delivery, not_before=now + timedelta(seconds=wait)) for delivery, wait in each]
-        made.produce(topic, [(delivery.user_id.encode(), codec.encode(delivery)) for delivery in held])
-        published += held
+        for delivery, wait in each:
+            # as late as possible: in a sender the wait begins when the record is made
+            held = replace(delivery, not_before=datetime.now(UTC) + timedelta(seconds=wait))
+            producer.produce(made.topic(topic), codec.encode(held), held.user_id)
+            published.append(held)
+    assert producer.flush(30) == 0
     return published
 
 

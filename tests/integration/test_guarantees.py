@@ -25,7 +25,7 @@ from schemas.topics import Channel, Lane, deliver, requests
 from streams.embedded.stack import Stack
 from tests.harness import PARTITIONS, System, WorkerProcess, system, wait_for
 
-ROLES = ("ingest", "router", "sender-critical", "sender-normal", "signals", "views")
+ROLES = ("ingest", "router", "sender-critical", "sender-normal", "delay", "signals", "views")
 MOVED = 500
 ROOT = Path(__file__).parent.parent.parent
 

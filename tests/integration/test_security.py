@@ -52,7 +52,7 @@ def running(stack: Stack, broker: SecureBroker, tmp_path_factory: pytest.TempPat
         **named(OPERATOR),
     }
     folder = tmp_path_factory.mktemp("secured")
-    with system(stack, folder, cluster=broker.cluster(ADMIN, ADMIN_PASSWORD), variables=variables) as made:
+    with system(stack, folder, partitions=2, cluster=broker.cluster(ADMIN, ADMIN_PASSWORD), variables=variables) as made:
         for role in [*Role, OPERATOR]:
             broker.add_user(f"notify-{role}", PASSWORD)
             broker.grant(f"notify-{role}", rights_of_operator(made.name) if role == OPERATOR else rights_of(Role(role), made.name))
@@ -143,13 +143,13 @@ def test_a_missing_right_on_transactions_is_named(running: System, broker: Secur
         worker = running.start("sender-bulk", **named("sender-bulk"))
         said = f"Kafka does not grant Write on transactional id notify-notify.{running.name}.sender-bulk."
         wait_for(lambda: said in worker.log_text(), seconds=60, what=f"{said}\n{worker.log_text()[-2000:]}")
+        wait_for(lambda: worker.exits, seconds=20, what="its end")
+        end(running, worker)
+        assert worker.exits[0] == 75
         rights = part(running, "rights", NOTIFY_ROLE="sender-bulk", **named("sender-bulk"))
         assert taken.shown in str(rights.advice)
     finally:
         broker.grant("notify-sender-bulk", [taken])
-    running.await_ready(worker)
-    assert worker.exits
-    assert set(worker.exits) == {75}
 
 
 def end(running: System, worker: WorkerProcess) -> None:
@@ -221,31 +221,6 @@ def test_doctor_explains_each_refusal(running: System, broker: SecureBroker, var
     assert check.state is State.FAILED
     assert said in str(check.advice)
     assert PASSWORD not in str(check)
-
-
-# ---- certificates instead of names
-
-
-def test_a_worker_with_a_certificate_runs_where_one_is_required(running: System, broker: SecureBroker) -> None:
-    running.stop(running.workers["ingest-a"])
-    shown = broker.authority.issue("notify-ingest", password="opens-the-key")
-    worker = running.start(
-        "ingest",
-        NOTIFY_KAFKA_BOOTSTRAP=f"{LOOPBACK}:{broker.heard['MUTUAL']}",
-        NOTIFY_KAFKA_SECURITY_PROTOCOL="SSL",
-        NOTIFY_KAFKA_CERTIFICATE_FILE=str(shown.certificate_file),
-        NOTIFY_KAFKA_KEY_FILE=str(shown.key_file),
-        NOTIFY_KAFKA_KEY_PASSWORD="opens-the-key",
-        **PLAIN,
-    )
-    running.await_ready(worker)
-    running.produce("payments", running.frame_payments([payment(1, "mutual", run="mutual", status="pending")]))
-    found = identity("mutual", 1, "mutual", "pending")
-    wait_for(lambda: ids_of(running, "decisions", found), seconds=40, what="its decision")
-    assert worker.exits == []
-    assert "opens-the-key" not in worker.log_text()
-    running.stop(worker)
-    running.await_ready(running.start("ingest", **named("ingest")))
 
 
 # ---- tokens, as Amazon MSK wants them
@@ -367,15 +342,41 @@ def guarded_registry(stack: Stack, broker: SecureBroker) -> Iterator[str]:
         loop.close()
 
 
-def test_a_worker_and_commands_use_a_registry_with_tls_and_a_password(running: System, broker: SecureBroker, guarded_registry: str) -> None:
-    variables: dict[str, Any] = {
-        "NOTIFY_REGISTRY_URL": guarded_registry,
+def test_a_worker_with_a_certificate_runs_where_one_is_required_and_with_a_registry_that_asks_for_a_password(
+    running: System, broker: SecureBroker, guarded_registry: str
+) -> None:
+    running.stop(running.workers["ingest-a"])
+    shown = broker.authority.issue("notify-ingest", password="opens-the-key")
+    worker = running.start(
+        "ingest",
+        NOTIFY_KAFKA_BOOTSTRAP=f"{LOOPBACK}:{broker.heard['MUTUAL']}",
+        NOTIFY_KAFKA_SECURITY_PROTOCOL="SSL",
+        NOTIFY_KAFKA_CERTIFICATE_FILE=str(shown.certificate_file),
+        NOTIFY_KAFKA_KEY_FILE=str(shown.key_file),
+        NOTIFY_KAFKA_KEY_PASSWORD="opens-the-key",
+        **PLAIN,
+        **registry_variables(broker, guarded_registry),
+    )
+    running.await_ready(worker)
+    running.produce("payments", running.frame_payments([payment(1, "mutual", run="mutual", status="pending")]))
+    found = identity("mutual", 1, "mutual", "pending")
+    wait_for(lambda: ids_of(running, "decisions", found), seconds=40, what="its decision")
+    assert worker.exits == []
+    assert "opens-the-key" not in worker.log_text()
+    assert PASSWORD not in worker.log_text()
+
+
+def registry_variables(broker: SecureBroker, url: str) -> dict[str, Any]:
+    return {
+        "NOTIFY_REGISTRY_URL": url,
         "NOTIFY_REGISTRY_USER": "notify",
         "NOTIFY_REGISTRY_PASSWORD": PASSWORD,
         "NOTIFY_REGISTRY_CA_FILE": str(broker.authority.file),
     }
-    worker = running.start("ingest", name="b", **variables, **named("ingest"))
-    running.await_ready(worker)
+
+
+def test_doctor_explains_what_the_registry_refuses(running: System, broker: SecureBroker, guarded_registry: str) -> None:
+    variables = registry_variables(broker, guarded_registry)
     assert part(running, "registry", **variables).state is State.PASSED
     assert part(running, "schemas", **variables).state is State.PASSED
     wrong = {**variables, "NOTIFY_REGISTRY_PASSWORD": "wrong"}
@@ -386,5 +387,3 @@ def test_a_worker_and_commands_use_a_registry_with_tls_and_a_password(running: S
     assert "certificate is refused" in str(part(running, "registry", **untrusted).advice)
     plain = {**variables, "NOTIFY_REGISTRY_CA_FILE": "", "NOTIFY_REGISTRY_URL": guarded_registry.replace("https", "http")}
     assert part(running, "registry", **plain).state is State.FAILED
-    running.stop(worker)
-    assert PASSWORD not in worker.log_text()

@@ -294,7 +294,9 @@ def test_after_its_edge_nothing_of_the_inbox_is_missing(random: Random, order: s
 
 def test_an_inbox_is_whole_while_nothing_of_it_fell_off() -> None:
     skipped = (replace(a_decision(f"s{number}", decided=number, outcome="skipped"), channels=[]) for number in range(300))
-    tables = projected([*skipped, *(record for n in range(100) for record in (a_decision(f"e{n}", decided=500 + n), a_change(event=f"e{n}")))])
+    tables = projected(
+        [*skipped, *(record for n in range(100) for record in (a_decision(f"e{n}", decided=500 + n), a_change(event=f"e{n}")))]
+    )
     assert Inbox.decode(tables[INBOX][USER.encode()]).whole_after is None
 
     projected([a_decision("one more", decided=900), a_change(event="one more")], tables)

@@ -83,7 +83,7 @@ def _needed_by(name: str) -> str:
         return "workers, commands"
     if name in WORKER_NEEDS:
         return "workers"
-    return "senders" if name == "NOTIFY_SMTP_URL" else ""
+    return {"NOTIFY_SMTP_URL": "senders", "NOTIFY_POSTGRES_URL": "store"}.get(name, "")
 
 
 def metrics_page() -> str:

@@ -36,7 +36,7 @@ from streams.topology import Step
 from streams.transport.admin import offset_bounds
 from streams.transport.changelog import read_to_end
 from streams.transport.cluster import Cluster, leave
-from streams.transport.reader import MAX_BATCH_RECORDS, Batch, Reader
+from streams.transport.reader import MAX_BATCH_RECORDS, MAX_HELD_RECORDS, MAX_OUTSTANDING_RECORDS, Batch, Reader
 from streams.transport.records import PLACE_HEADERS, Record
 from streams.transport.writer import RECORD_OVERHEAD_BYTES, AbortedError, FencedError, Headers, Writer
 
@@ -687,9 +687,15 @@ class Runner:
             loop.call_soon_threadsafe(self._arrived, batches)
 
         self._readers = {
-            topic: Reader(tools.cluster, group=group, topic=tools.names.physical[topic], deliver=deliver)
+            topic: Reader(
+                tools.cluster,
+                group=group,
+                topic=tools.names.physical[topic],
+                deliver=deliver,
+                most=MAX_OUTSTANDING_RECORDS if handles.due is None else MAX_HELD_RECORDS,
+            )
             for inputs in steps.values()
-            for topic in inputs
+            for topic, handles in inputs.items()
         }
         self._step_of = {topic: step for step, inputs in steps.items() for topic in inputs}
         self._runs = {topic: DeadRun(tools.dead_run_limit) for topic in self._step_of}

@@ -143,6 +143,9 @@ class PostgresServer(Server):
             code = await process.wait(self.ready_deadline_seconds)
         except TimeoutError:
             code = await process.kill()
+        except BaseException:
+            await process.kill()
+            raise
         if code:
             raise self.failure(f"could not make its files: initdb ended with exit code {code}", process)
 

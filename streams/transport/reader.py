@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 MAX_BATCH_RECORDS = 2_000
 # above so many unfinished records of a partition nothing more of it is taken
 MAX_OUTSTANDING_RECORDS = 8_000
+# the same where records wait for their time: what waits stays in Kafka
+MAX_HELD_RECORDS = 2_000
 _POLL_SECONDS = 0.05
 _PATIENCE_SECONDS = 0.25
 _FETCH_WAIT_MS = 500
@@ -40,9 +42,21 @@ class Batch:
 
 
 class Reader:
-    """Reads one topic. `start` and `stop` bracket an assignment; `deliver` is called in the reader's thread."""
+    """Reads one topic. `start` and `stop` bracket an assignment; `deliver` is called in the reader's thread.
 
-    def __init__(self, cluster: Cluster, *, group: str, topic: str, deliver: Callable[[list[Batch]], None]) -> None:
+    `most`: unfinished records of a partition, beyond which nothing more of it is taken.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        group: str,
+        topic: str,
+        deliver: Callable[[list[Batch]], None],
+        most: int = MAX_OUTSTANDING_RECORDS,
+    ) -> None:
+        self._most = most
         self.topic = topic
         self._config = cluster.reading(group, fetch_wait_ms=_FETCH_WAIT_MS)
         self._deliver = deliver
@@ -73,7 +87,7 @@ class Reader:
         with self._lock:
             if partition in self._outstanding:
                 self._outstanding[partition] -= records
-                if self._outstanding[partition] < MAX_OUTSTANDING_RECORDS:
+                if self._outstanding[partition] < self._most:
                     self._room.set()
 
     def _run(self, positions: dict[int, int], epoch: int, stopping: threading.Event, outstanding: dict[int, int]) -> None:
@@ -103,12 +117,12 @@ class Reader:
         Not at once: pausing throws away what librdkafka has fetched ahead, and fetching that again takes longer than
         most backlogs take to fall.
         """
-        free = {p for p in paused if outstanding[p] < MAX_OUTSTANDING_RECORDS // 2}
+        free = {p for p in paused if outstanding[p] < self._most // 2}
         if free:
             consumer.resume([TopicPartition(self.topic, p) for p in free])
             paused -= free
         self._room.clear()
-        full = {p for p, n in outstanding.items() if n >= MAX_OUTSTANDING_RECORDS and p not in paused}
+        full = {p for p, n in outstanding.items() if n >= self._most and p not in paused}
         if not full:
             return True
         if self._room.wait(_PATIENCE_SECONDS):

@@ -193,6 +193,27 @@ async def test_a_delivery_taken_over_has_a_receipt(subject: Subject) -> None:
     assert "planted" not in repr(receipt)
 
 
+async def test_what_reports_name_a_delivery_by_is_its_own_holds_no_address_and_never_changes(subject: Subject) -> None:
+    channel = subject.channel
+    first, second = a_delivery(1), a_delivery(2)
+    receipts = [await channel.send(each, a_content()) for each in (first, second)]
+    names = [channel.reference_of(each, receipt) for each, receipt in zip((first, second), receipts, strict=True)]
+    if names == [None, None]:
+        return  # nobody reports
+    assert len({*names, None}) == 3
+    assert "planted" not in repr(names)
+    assert channel.reference_of(replace(first, attempt=7), receipts[0]) == names[0]
+    assert channel.reference_of(first, None) in {None, names[0]}, "unknown whether it was taken: known by our own id, or not at all"
+
+
+def test_the_reference_of_a_mail_is_its_message_id() -> None:
+    channel = EmailChannel("smtp://127.0.0.1:2525", SENDER)
+    raw = compose(a_delivery(), a_content(), sender=Mailbox("shop@example.com"), recipient=ADDRESS, at=datetime.now(UTC))
+    (line,) = [line for line in raw.decode("ascii").splitlines() if line.startswith("Message-ID:")]
+    named = channel.reference_of(a_delivery(), None).rpartition("@")[0]
+    assert line == f"Message-ID: <{named}@example.com>"
+
+
 async def test_the_same_delivery_may_be_sent_again(subject: Subject) -> None:
     await subject.channel.send(a_delivery(attempt=1), a_content())
     await subject.channel.send(a_delivery(attempt=2), a_content())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from schemas.ids import partition_of
 from schemas.messages import Delivery
 from schemas.topics import Channel, Lane, Tier
 from streams.embedded.stack import Stack
+from streams.transport.reader import MAX_HELD_RECORDS
 from tests.deliveries import a_delivery, changes, codec_of, give_keys, let_mail_server, publish
 from tests.harness import PARTITIONS, System, system, wait_for
 
@@ -94,6 +96,19 @@ def test_deliveries_return_in_their_lane_and_in_order_with_less_than_the_shortes
     for partition in range(PARTITIONS):
         mine = [each.delivery_id for each in same if partition_of(each.user_id.encode(), PARTITIONS) == partition]
         assert [each for each in came if each in set(mine)] == mine
+
+
+def test_more_than_a_worker_takes_in_at_once_returns_in_order_and_soon(delaying: System) -> None:
+    worker = delaying.start("delay")
+    delaying.await_ready(worker, seconds=60)
+    user = next(f"many-{n}" for n in itertools.count() if partition_of(f"many-{n}".encode(), PARTITIONS) == 0)
+    sent = publish_held(delaying, [a_delivery(user, f"many-{n}", attempt=2) for n in range(3 * MAX_HELD_RECORDS)], least=4, most=4.5)
+    wait_for(lambda: delaying.count(topics.deliver(Channel.EMAIL, Lane.NORMAL)) >= len(sent), seconds=60, what="all returned")
+    found = returned(delaying, Lane.NORMAL)
+    assert [each.delivery_id for each, _ in found] == [each.delivery_id for each in sent], "in their order"
+    late = [at - each.not_before.timestamp() for each, at in found if each.not_before is not None]
+    print(f"\ndelay: {len(found)} of one partition, {MAX_HELD_RECORDS} at a time: {max(late):.3f} s after their time at most")
+    assert max(late) < 3 * LATE_SECONDS, "all of them are due within half a second"
 
 
 def test_after_a_standstill_only_the_wait_that_is_left_counts(delaying: System) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
+import asyncpg
 import psutil
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer
@@ -106,6 +107,49 @@ async def test_a_killed_registry_keeps_its_schemas(stack: Stack) -> None:
     await stack.registry_process.kill()
     await stack.registry_process.start()
     assert call(f"{stack.registry}/subjects/{subject}/versions/latest")[1]["id"] == body["id"]
+
+
+# --- PostgreSQL
+
+
+async def test_a_killed_database_comes_back_at_once_with_its_data(stack: Stack) -> None:
+    server = stack.postgres_process
+    assert server is not None
+    url = server.make_database(f"embedded-{uuid4()}")
+    assert await ask_database(url, "CREATE TABLE kept AS SELECT 7 AS number") is None
+    await server.kill()
+    with pytest.raises(ConnectionRefusedError):
+        await ask_database(url, "SELECT 1")
+    await server.start()
+    assert await ask_database(url, "SELECT number FROM kept") == 7
+    # whoever else kills it leaves its children to be waited for
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while server.is_running:  # noqa: ASYNC110 - a process sets no event
+            await asyncio.sleep(0.01)
+    await server.start()
+    assert await ask_database(url, "SELECT number FROM kept") == 7
+
+
+async def test_the_database_runs_as_nobody_asks_for_its_password_and_opens_no_folder(stack: Stack) -> None:
+    server = stack.postgres_process
+    assert server is not None
+    if os.geteuid() == 0:
+        assert psutil.Process(server.pid).username() == "nobody"
+    assert stack.data_dir.stat().st_mode & 0o077 == 0
+    password = urlsplit(stack.postgres).password
+    assert password
+    with pytest.raises(asyncpg.InvalidPasswordError):
+        await ask_database(stack.postgres.replace(password, "guess"), "SELECT 1")
+
+
+async def ask_database(url: str, query: str) -> Any:
+    connection = await asyncpg.connect(url)
+    try:
+        return await connection.fetchval(query)
+    finally:
+        await connection.close()
 
 
 # --- mail
@@ -258,7 +302,7 @@ async def test_stop_leaves_no_process_and_a_second_start_resumes(tmp_path: Path)
         await first.stop()
     assert time.monotonic() - began < STOP_LIMIT_SECONDS
     assert [pid for pid in pids if psutil.pid_exists(pid)] == []
-    assert {name for name, message in told if message.startswith("ready in ")} == {"kafka", "registry", "mail"}
+    assert {name for name, message in told if message.startswith("ready in ")} == {"kafka", "registry", "postgres", "mail"}
 
     async with await start_stack(tmp_path, ports=Ports.free(), warm_up=False) as second:
         assert second.ports == first.ports
@@ -308,7 +352,7 @@ asyncio.run(main())
     try:
         assert parent.stdout
         pids = [int(word) for word in (await asyncio.to_thread(parent.stdout.readline)).split()]
-        assert len(pids) == 2
+        assert len(pids) == 3
     finally:
         parent.kill()
         parent.wait()

@@ -221,9 +221,13 @@ def test_a_forgotten_user_is_readable_nowhere_and_may_come_back_with_a_new_key(r
     assert files_with(running, wrapped, READABLE, *PLANTED).keys() == {READABLE}
     assert records_with(running, wrapped, READABLE, *PLANTED).keys() == {READABLE}
 
-    again = running.ask("/notifications", {**asked, "data": {"title": "Welcome back", "message": "hello again"}})
-    assert again[0] == 202, again
-    wait_for(lambda: inbox(running).get(again[2]["notificationId"]) == "hello again", seconds=30, what="the new notification")
+    returned = {**asked, "data": {"title": "Welcome back", "message": "hello again"}, "idempotencyKey": "back"}
+
+    def is_taken() -> bool:
+        return running.ask("/notifications", returned)[0] == 202
+
+    wait_for(is_taken, seconds=30, what="a request for him taken, with a new key")
+    wait_for(lambda: "hello again" in inbox(running).values(), seconds=30, what="the new notification")
     assert sorted(inbox(running).values()) == ["erased", "erased", "hello again"]
     with Wire(running.settings) as wire:
         fresh = keys.find_key(running.settings, wire, USER)

@@ -241,6 +241,18 @@ async def test_pages_are_in_the_inboxes_order_and_hold_one_users(database: Datab
         await history.close()
 
 
+async def test_the_views_need_no_more_than_to_read_one_table(database: Database, url: str) -> None:
+    await kept(database, told())
+    name = f"reader_{uuid4().hex}"
+    async with database.begin() as connection:
+        await connection.execute(text(f"CREATE ROLE {name} LOGIN PASSWORD 'word'"))
+        await connection.execute(text(f"GRANT SELECT ON notification TO {name}"))
+    history = History(f"postgresql://{name}:word@{url.partition('@')[2]}", application="test")
+    assert len(await history.page(USER, only_unread=False, before=None, offset=0, limit=5)) == 1
+    assert await history.find(an_id("e1", USER)) is not None
+    await history.close()
+
+
 async def test_before_any_store_ran_there_is_no_history(url: str) -> None:
     history = History(url, application="test")
     assert await history.page(USER, only_unread=False, before=None, offset=0, limit=5) == []

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from schemas import topics
-from schemas.topics import Channel
+from schemas.topics import Channel, Lane, Tier
 from streams import documents
 from streams.app import _KEYED_ROLES
 from streams.cli import app as commands
@@ -95,8 +95,8 @@ def test_what_the_topology_names_exists_once() -> None:
     assert len(specs) == len(set(specs))
     assert {topic for step in TOPOLOGY for topic in (*step.reads, *step.writes)} <= set(specs)
     assert set(OUTSIDE) | set(FOLLOWERS) <= set(specs)
-    read = [topic for step in TOPOLOGY for topic in step.reads]
-    assert len(read) == len(set(read)), "an input belongs to one step"
+    read = [(step.role, topic) for step in TOPOLOGY for topic in step.reads]
+    assert len(read) == len(set(read)), "an input of a role belongs to one step"
 
 
 def test_the_roles_that_follow_keys_are_declared() -> None:
@@ -113,8 +113,11 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "parked": ("agents/triggers.py",),
     "decide": ("agents/router.py",),
     "send": ("streams/sending.py", "agents/sender.py"),
+    "hold": ("agents/delay.py",),
     "engage": ("agents/signals.py",),
+    "match": ("agents/receipts.py",),
     "project": ("agents/inbox.py",),
+    "keep": ("streams/storing.py",),
 }
 
 
@@ -133,6 +136,10 @@ def topics_named(expression: str, step: Step) -> set[str]:
         return {getattr(topics, found[1])}
     if found := re.fullmatch(r"topics\.(requests|deliver)\(.*\)", expression):
         return {spec.name for spec in all_topics() if spec.name.startswith(f"{found[1]}.")}
+    if expression.startswith("topics.retry("):
+        # a sender's retries stay in its lane; what is delayed comes from any
+        lanes = [step.role.lane] if step.role.lane is not None else list(Lane)
+        return {topics.retry(lane, tier) for lane in lanes for tier in Tier}
     raise AssertionError(f"an output to {expression}: teach this test what that is")
 
 

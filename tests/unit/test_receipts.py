@@ -94,7 +94,8 @@ def test_a_report_before_its_reference_waits_for_it() -> None:
 @pytest.mark.parametrize("is_early", [True, False])
 def test_a_report_told_twice_counts_once(*, is_early: bool) -> None:
     desk = Desk()
-    told = [REPORT, replace(REPORT, report_id="again"), REFERENCE] if is_early else [REFERENCE, REPORT, REPORT]
+    told: list[ProviderReference | DeliveryReport] = [REPORT, replace(REPORT, report_id="again"), REFERENCE]
+    told = told if is_early else [REFERENCE, REPORT, REPORT]
     effects = [desk.tell(message) for message in told]
     assert sum(each.counts.count("repeated") for each in effects) == 1
     assert len(desk.changes) == 1
@@ -132,7 +133,7 @@ def test_in_any_order_bounced_beats_delivered(told: Sequence[ProviderReference |
 
 
 def test_any_order_of_references_and_reports_ends_in_the_same_status() -> None:
-    told = [REFERENCE, replace(REFERENCE, attempt=2), REPORT]
+    told: list[ProviderReference | DeliveryReport] = [REFERENCE, replace(REFERENCE, attempt=2), REPORT]
     for sequence in itertools.permutations(told):
         desk = Desk()
         for message in sequence:

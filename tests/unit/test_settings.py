@@ -89,7 +89,16 @@ def test_a_sender_needs_the_mail_server_and_no_other_role_does(lane: Lane) -> No
     assert problem.startswith("NOTIFY_SMTP_URL is missing")
     assert Settings.from_env({**sender, "NOTIFY_SMTP_URL": "smtp://mail:25"}, needs=WORKER_NEEDS).smtp_url == "smtp://mail:25"
     others = [role for role in Role if role.lane is None]
-    assert {Settings.from_env({**WORKER, "NOTIFY_ROLE": role}, needs=WORKER_NEEDS).smtp_url for role in others} == {""}
+    database = {"NOTIFY_POSTGRES_URL": "postgresql://me:word@postgres/notify"}
+    assert {Settings.from_env({**WORKER, **database, "NOTIFY_ROLE": role}, needs=WORKER_NEEDS).smtp_url for role in others} == {""}
+
+
+def test_the_store_needs_the_database_and_no_other_role_does() -> None:
+    (problem,) = problems({**WORKER, "NOTIFY_ROLE": "store"}, WORKER_NEEDS)
+    assert problem.startswith("NOTIFY_POSTGRES_URL is missing")
+    (problem,) = problems({**WORKER, "NOTIFY_ROLE": "store", "NOTIFY_POSTGRES_URL": "mysql://me:hush@db/notify"}, WORKER_NEEDS)
+    assert "hush" not in problem
+    assert Settings.from_env({**WORKER, "NOTIFY_ROLE": "views"}, needs=WORKER_NEEDS).postgres_url == ""
 
 
 @pytest.mark.parametrize(

@@ -355,8 +355,7 @@ class Router:
         if order is not None:
             return Effects(counts=["broadcast:recalled"])
         users = list(islice(_audience_after(broadcast, state), CHUNK_USERS))
-        topic = topics.requests(rule.lane)
-        outputs = [Output(topic, user, _request_of(broadcast, user.decode())) for user in users]
+        outputs = [Output(topics.requests(rule.lane), user, _request_of(broadcast, user.decode())) for user in users]
         if len(users) == CHUNK_USERS:
             rest = replace(broadcast, cursor=users[-1].decode(), expanded=broadcast.expanded + len(users))
             outputs.append(Output(topics.BROADCAST, broadcast.broadcast_id.encode(), rest))

@@ -292,9 +292,15 @@ def _count_problems(wrong: Iterable[tuple[Target, int]]) -> list[str]:
     for (count, wanted, found), names in alike.items():
         variable = count.variable
         have = f"the topic {names[0]} has" if len(names) == 1 else f"{len(names)} topics, such as {names[0]}, have"
+        can_grow = count is Count.USER and found < wanted
+        way = (
+            f"`notify topics migrate --partitions {wanted}` raises them"
+            if can_grow
+            else "the partitions of a topic in use cannot be changed"
+        )
         problems.append(
             f"{have} {found} partition{'' if found == 1 else 's'}, not {wanted} as {variable} says: "
-            f"set {variable}={found} if the topics are right; the partitions of a topic in use cannot be changed"
+            f"set {variable}={found} if the topics are right; {way}"
         )
     return problems
 

@@ -9,7 +9,7 @@ import base64
 import binascii
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -26,7 +26,7 @@ from streams.transport.cluster import Cluster
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
 MINIMUM_TOKEN_KEY_BYTES = 32
-DEFAULT_TIERS_SECONDS = (5, 60, 600)
+DEFAULT_TIERS_SECONDS: tuple[int, ...] = (5, 60, 600)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,17 +153,20 @@ class Settings:
             store_months=read("NOTIFY_STORE_MONTHS", _between(1, 1_200), 13),
             posts_per_second=read("NOTIFY_POSTS_PER_SECOND", _between(1, 1_000_000), 50),
         )
-        # only where each value could be read: else the same mistake would be told twice
-        named = {problem.partition(" ")[0].rstrip(":") for problem in problems}
-        if not any(name.startswith("NOTIFY_KAFKA_") for name in named - {"NOTIFY_KAFKA_BOOTSTRAP"}):
-            problems += settings.kafka_security.problems()
-        if not any(name.startswith("NOTIFY_REGISTRY_") for name in named):
-            problems += settings.registry_security.problems(settings.registry_url)
+        problems += _contradictions(settings, {problem.partition(" ")[0].rstrip(":") for problem in problems})
         unknown = sorted(name for name in env if name.startswith("NOTIFY_") and name not in VARIABLES)
         problems += [f"{name} is not a setting; the settings are in docs/settings.md" for name in unknown]
         if problems:
             raise SettingsError(problems)
         return settings
+
+
+def _contradictions(settings: Settings, named: set[str]) -> Iterator[str]:
+    """Yield what does not go together. Not where a value (one of `named`) could not be read: the mistake would be told twice."""
+    if not any(name.startswith("NOTIFY_KAFKA_") for name in named - {"NOTIFY_KAFKA_BOOTSTRAP"}):
+        yield from settings.kafka_security.problems()
+    if not any(name.startswith("NOTIFY_REGISTRY_") for name in named):
+        yield from settings.registry_security.problems(settings.registry_url)
 
 
 VARIABLES: Mapping[str, str] = {
@@ -203,7 +206,7 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_SESSION_TIMEOUT_SECONDS": "silence after which a worker's partitions go to others; default 10, at least 6",
     "NOTIFY_MAX_OPEN_ATTEMPTS": "calls to one provider that a worker has open at once: the bound on duplicates of a crash; default 32",
     "NOTIFY_LOW_STOCK_THRESHOLD": "at or below how many a product's stock is low, where `products` does not say; default 10",
-    "NOTIFY_RETRY_TIERS": "seconds of the retry tiers, for all lanes or by lane: 5,60,600 or critical=1,10,60;bulk=30,300,3600; default 5,60,600",
+    "NOTIFY_RETRY_TIERS": "seconds of the retry tiers: 5,60,600 for all lanes, or by lane critical=1,10,60;bulk=30,300,3600; default 5,60,600",
     "NOTIFY_DEAD_RUN_LIMIT": "so many dead letters in a row, or more than half of 1000 records, halt an input; 0: never; default 200",
     "NOTIFY_POSTGRES_URL": "the database, postgresql://user:password@host:port/name; secret; the store needs it, views page on with it",
     "NOTIFY_STORE_MONTHS": "how many months of notifications the database keeps, the current one included; default 13",
@@ -295,7 +298,7 @@ def _postgres_url(text: str) -> str:
 
 def _tiers(text: str) -> dict[Lane, tuple[int, ...]]:
     """Parse `5,60,600` for all lanes, or `critical=1,10,60;bulk=30,300,3600` for some."""
-    found = dict.fromkeys(Lane, DEFAULT_TIERS_SECONDS)
+    found: dict[Lane, tuple[int, ...]] = dict.fromkeys(Lane, DEFAULT_TIERS_SECONDS)
     for part in text.split(";"):
         lane, equals, numbers = part.rpartition("=")
         seconds = tuple(int(number) if number.strip().isdigit() else 0 for number in numbers.split(","))

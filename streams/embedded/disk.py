@@ -71,14 +71,14 @@ def shortage(needs: dict[Path, int], what: str) -> str | None:
     return None
 
 
-def explain(name: str, folder: Path, log_tail: str) -> str | None:
-    """Return why the server `name`, whose data are in `folder`, ended, when it was for want of space; else None."""
+def explain(name: str, folder: Path, log: str) -> str | None:
+    """Return why the server `name` ended, when its `log` or the disk of its `folder` says it was for want of space; else None."""
     disk = disk_of(folder)
-    if any(phrase in log_tail for phrase in _NO_SPACE):
+    if any(phrase in log for phrase in _NO_SPACE):
         return f"{name} ended because it could not write in {folder}: {disk}. {ADVICE}."
     if disk.is_exhausted:  # its log is on the same disk
         return f"{name} ended, and nothing can be written in {folder}: {disk}. {ADVICE}."
-    if _TOO_LARGE in log_tail:
+    if _TOO_LARGE in log:
         return (
             f"{name} ended because it could not write in {folder}: a file reached the size that this system allows it (ulimit -f), "
             f"although {disk}. Raise the limit, or use another folder; what was acknowledged is kept."
@@ -89,7 +89,7 @@ def explain(name: str, folder: Path, log_tail: str) -> str | None:
 def human(count: int) -> str:
     """Return a number of bytes for people: `812 KiB`, `1.5 MiB`, `79 GiB`."""
     value, unit = float(count), "bytes"
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007 - the last one is used
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
             break
         value /= 1024

@@ -36,6 +36,7 @@ POLL_SECONDS: Final = 0.02
 LOG_LIMIT_BYTES: Final = 5 * 2**20
 TAIL_LINES: Final = 20
 TAIL_BYTES: Final = 4096
+SEARCHED_BYTES: Final = 2**18
 COMMAND_CHARACTERS: Final = 100
 INHERITED_VARIABLES: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
 
@@ -292,11 +293,14 @@ class ManagedProcess:
 
     def log_tail(self) -> str:
         """Return the last lines this run has written, at most 20 lines and 4 KiB."""
+        return "\n".join(self.log_end(TAIL_BYTES).rstrip().splitlines()[-TAIL_LINES:])
+
+    def log_end(self, limit_bytes: int = SEARCHED_BYTES) -> str:
+        """Return the last bytes this run has written: what a server says of its end may come before many traces."""
         with self.log_path.open("rb") as log:
             end = log.seek(0, os.SEEK_END)
-            log.seek(max(self._log_start, end - TAIL_BYTES))
-            lines = log.read().decode(errors="replace").rstrip().splitlines()
-        return "\n".join(lines[-TAIL_LINES:])
+            log.seek(max(self._log_start, end - limit_bytes))
+            return log.read().decode(errors="replace")
 
     async def wait(self, deadline_seconds: float | None = None) -> int:
         """Return the exit code once the process has ended. Raises TimeoutError after `deadline_seconds`."""
@@ -462,16 +466,16 @@ class Server(ABC):
         `process`: whose log it is in, when not the server's own.
         """
         process = process or self.process
-        tail = process.log_tail() if process else ""
-        if explanation := disk.explain(self.name, self.data_dir, tail):
+        if process and (explanation := disk.explain(self.name, self.data_dir, process.log_end())):
             return DiskFullError(explanation)
+        tail = process.log_tail() if process else ""
         return ServerFailedError(self.name, reason, log_path=process.log_path if process else self.log_path, log_tail=tail)
 
     def explain_end(self) -> str | None:
         """Return a sentence when the process ended for want of space, None when for something else or not at all."""
         if self.process is None or self.is_running:
             return None
-        return disk.explain(self.name, self.data_dir, self.process.log_tail())
+        return disk.explain(self.name, self.data_dir, self.process.log_end())
 
 
 async def accepts_connections(port: int) -> bool:

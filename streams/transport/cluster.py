@@ -23,7 +23,7 @@ class Cluster:
     """How to reach Kafka: bootstrap servers and whatever else every client is configured with."""
 
     bootstrap: str
-    security: KafkaSecurity = KafkaSecurity()
+    security: KafkaSecurity = field(default_factory=KafkaSecurity)
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def config(self, **more: object) -> dict[str, Any]:

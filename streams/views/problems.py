@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from enum import StrEnum
 from http import HTTPStatus
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -72,9 +73,10 @@ def bad_parameter(parameter: str, allowed: str) -> ProblemError:
     return ProblemError(ProblemType.BAD_PARAMETER, f"{parameter} must be {allowed}", parameter=parameter, allowed=allowed)
 
 
-def invalid_field(field: str, problem: str, **members: object) -> ProblemError:
+def invalid_field(field: str, problem: str, *, allowed: list[str] | None = None) -> ProblemError:
     """Return the problem of a `field` of the body, such as `data.title`. Neither may repeat a value of the request."""
-    return ProblemError(ProblemType.INVALID_FIELD, f"{field} {problem}", field=field, **members)
+    members: dict[str, Any] = {"field": field} | ({} if allowed is None else {"allowed": allowed})
+    return ProblemError(ProblemType.INVALID_FIELD, f"{field} {problem}", **members)
 
 
 def unavailable(detail: str, *, retry_after_seconds: int = 1) -> ProblemError:

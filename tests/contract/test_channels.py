@@ -208,10 +208,9 @@ async def test_what_reports_name_a_delivery_by_is_its_own_holds_no_address_and_n
 
 def test_the_reference_of_a_mail_is_its_message_id() -> None:
     channel = EmailChannel("smtp://127.0.0.1:2525", SENDER)
-    raw = compose(a_delivery(), a_content(), sender=Mailbox("shop@example.com"), recipient=ADDRESS, at=datetime.now(UTC))
+    raw = compose(a_delivery(), a_content(), sender=Mailbox("no-reply@shop.example"), recipient=ADDRESS, at=dt.datetime.now(dt.UTC))
     (line,) = [line for line in raw.decode("ascii").splitlines() if line.startswith("Message-ID:")]
-    named = channel.reference_of(a_delivery(), None).rpartition("@")[0]
-    assert line == f"Message-ID: <{named}@example.com>"
+    assert line == f"Message-ID: <{channel.reference_of(a_delivery(), None)}>"
 
 
 async def test_the_same_delivery_may_be_sent_again(subject: Subject) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import os
+import pty
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -40,6 +43,7 @@ from streams.cli.wire import Wire
 from streams.embedded.stack import Stack
 from streams.settings import Settings
 from streams.topics import Count, TopicSpec, physical, specs
+from streams.transport.cluster import Cluster
 
 SEAL_KEY = b"s" * KEY_BYTES
 KEY_TEXT = base64.b64encode(SEAL_KEY).decode()
@@ -110,13 +114,13 @@ def test_missing_topics_are_shown_and_then_made_and_then_left_alone(bare: dict[s
     inbound = f"payments.{bare['NOTIFY_ENV']}.events"
     shown = run(bare, "topics", "ensure", "--dry-run")
     assert inbound in shown.stdout
-    assert inbound not in admin(stack.kafka).list_topics(timeout=10).topics
+    assert inbound not in admin(Cluster(bootstrap=stack.kafka)).list_topics(timeout=10).topics
 
     run(bare, "topics", "ensure")
-    found = admin(stack.kafka).list_topics(timeout=10).topics
+    found = admin(Cluster(bootstrap=stack.kafka)).list_topics(timeout=10).topics
     assert len(found[inbound].partitions) == 3
     assert len(found[f"notify.{bare['NOTIFY_ENV']}.keys"].partitions) == 2
-    provisioning.check_partitions(admin(stack.kafka), provision.wanted(Settings.from_env(bare)))
+    provisioning.check_partitions(admin(Cluster(bootstrap=stack.kafka)), provision.wanted(Settings.from_env(bare)))
 
     again = json.loads(run(bare, "topics", "ensure", "--json").stdout)
     assert {topic["action"] for topic in again["topics"]} == {"keep"}
@@ -133,8 +137,34 @@ def test_a_setting_that_drifted_is_mended_and_others_stay(bare: dict[str, str], 
         name,
         [{"setting": "retention.ms", "found": "1000", "wanted": str(30 * 86_400_000)}],
     )
-    config = provisioning.describe(admin(stack.kafka), [name])[name]
+    config = provisioning.describe(admin(Cluster(bootstrap=stack.kafka)), [name])[name]
     assert (config["retention.ms"].value, config["segment.jitter.ms"].value) == (str(30 * 86_400_000), "7")
+
+
+def test_in_a_terminal_altering_is_asked_for_first(bare: dict[str, str], stack: Stack) -> None:
+    run(bare, "topics", "ensure")
+    name = f"notify.{bare['NOTIFY_ENV']}.dead"
+    alter(stack, name, {"retention.ms": "1000"})
+
+    def retention() -> str | None:
+        return provisioning.describe(admin(Cluster(bootstrap=stack.kafka)), [name])[name]["retention.ms"].value
+
+    def ensure(answer: str) -> subprocess.CompletedProcess[bytes]:
+        terminal, ours = pty.openpty()
+        try:
+            os.write(terminal, f"{answer}\n".encode())
+            command = [sys.executable, "-c", "from streams.cli import main; main()", "topics", "ensure"]
+            known = {key: value for key, value in os.environ.items() if not key.startswith("NOTIFY_")}
+            return subprocess.run(command, env={**known, **bare}, stdin=ours, capture_output=True, timeout=60, check=False)
+        finally:
+            os.close(terminal)
+            os.close(ours)
+
+    refused = ensure("n")
+    assert (refused.returncode, retention()) == (1, "1000")
+    assert b"retention.ms" in refused.stdout, "the difference is shown before the question"
+    assert b"Alter the settings of 1 topic?" in refused.stderr
+    assert (ensure("y").returncode, retention()) == (0, str(30 * 86_400_000))
 
 
 def test_the_topics_of_other_services_are_never_altered(bare: dict[str, str], stack: Stack) -> None:
@@ -149,7 +179,7 @@ def test_another_partition_count_is_one_sentence_and_nothing_is_changed(bare: di
     create(stack, name, 5)
     result = run(bare, "topics", "ensure", expect=1)
     assert f"{name} has 5 partitions, not 2 as NOTIFY_PARTITIONS says" in result.stderr
-    assert f"notify.{bare['NOTIFY_ENV']}.dead" not in admin(stack.kafka).list_topics(timeout=10).topics
+    assert f"notify.{bare['NOTIFY_ENV']}.dead" not in admin(Cluster(bootstrap=stack.kafka)).list_topics(timeout=10).topics
 
 
 def test_a_worker_is_told_which_topics_are_missing_or_of_another_count(bare: dict[str, str], stack: Stack) -> None:
@@ -161,7 +191,7 @@ def test_a_worker_is_told_which_topics_are_missing_or_of_another_count(bare: dic
         replication=1,
     )
     with pytest.raises(SettingsError) as caught:
-        provisioning.check_partitions(admin(stack.kafka), wanted)
+        provisioning.check_partitions(admin(Cluster(bootstrap=stack.kafka)), wanted)
     assert len(caught.value.problems) == 2
     assert "has 1 partition, not 2" in str(caught.value)
     assert "dead does not exist" in str(caught.value)
@@ -180,15 +210,15 @@ def test_ingest_begins_where_it_was_told_unless_it_has_a_position(bare: dict[str
 
     started = json.loads(run(bare, "topics", "ensure", "--start-at", "latest", "--json").stdout)["started"]
     assert sum(item["offset"] for item in started) == 20
-    committed = provisioning.committed_offsets(admin(stack.kafka), group, places)
+    committed = provisioning.committed_offsets(admin(Cluster(bootstrap=stack.kafka)), group, places)
     assert committed == {(item["topic"], item["partition"]): item["offset"] for item in started}
 
     assert json.loads(run(bare, "topics", "ensure", "--start-at", "earliest", "--json").stdout)["started"] == []
-    assert provisioning.committed_offsets(admin(stack.kafka), group, places) == committed
+    assert provisioning.committed_offsets(admin(Cluster(bootstrap=stack.kafka)), group, places) == committed
 
 
 def create(stack: Stack, name: str, partitions: int) -> None:
-    client = admin(stack.kafka)
+    client = admin(Cluster(bootstrap=stack.kafka))
     for future in client.create_topics([NewTopic(name, num_partitions=partitions, replication_factor=1)]).values():
         future.result()
     until(lambda: name in client.list_topics(timeout=10).topics)
@@ -197,7 +227,7 @@ def create(stack: Stack, name: str, partitions: int) -> None:
 def alter(stack: Stack, name: str, config: Mapping[str, str]) -> None:
     entries = [ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET) for key, value in config.items()]
     resource = ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
-    client = admin(stack.kafka)
+    client = admin(Cluster(bootstrap=stack.kafka))
     for future in client.incremental_alter_configs([resource]).values():
         future.result()
     until(lambda: all(provisioning.describe(client, [name])[name][key].value == value for key, value in config.items()))

@@ -84,7 +84,7 @@ def test_deliveries_return_in_their_lane_and_in_order_with_less_than_the_shortes
     assert all(each.lane == lane_of[each.delivery_id] for each, _ in found)
     left = [each.not_before.timestamp() - at for each, at in found if each.not_before is not None]
     print(f"\ndelay: {len(found)} held in tiers of {TIERS} s: returned {min(left):.3f} to {max(left):.3f} s before their time")
-    assert max(left) < TIERS[0], "the sender holds less than the shortest tier"
+    assert max(left) < TIERS[0] + 0.002, "the sender holds less than the shortest tier; moments have whole milliseconds"
     assert min(left) > -LATE_SECONDS, "nothing is late"
     # of one tier what went in first comes out first
     same = [

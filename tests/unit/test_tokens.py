@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import jwt
 import pytest
@@ -52,7 +53,7 @@ def test_a_name_that_is_none_gets_no_token(user: str | None, name: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"client_id": "orders"}, {"sub": None, "scope": "service", "client_id": "a b"}])
-def test_a_token_whose_service_is_no_name_is_refused(changes: dict[str, object]) -> None:
+def test_a_token_whose_service_is_no_name_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UnauthorizedError):
         verify(KEY, signed(**changes))
 

@@ -206,7 +206,7 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_SESSION_TIMEOUT_SECONDS": "silence after which a worker's partitions go to others; default 10, at least 6",
     "NOTIFY_MAX_OPEN_ATTEMPTS": "calls to one provider that a worker has open at once: the bound on duplicates of a crash; default 32",
     "NOTIFY_LOW_STOCK_THRESHOLD": "at or below how many a product's stock is low, where `products` does not say; default 10",
-    "NOTIFY_RETRY_TIERS": "seconds of the retry tiers: 5,60,600 for all lanes, or by lane critical=1,10,60;bulk=30,300,3600; default 5,60,600",
+    "NOTIFY_RETRY_TIERS": "seconds of the tiers: 5,60,600 for all lanes, or by lane critical=1,10,60;bulk=30,300,3600; default 5,60,600",
     "NOTIFY_DEAD_RUN_LIMIT": "so many dead letters in a row, or more than half of 1000 records, halt an input; 0: never; default 200",
     "NOTIFY_POSTGRES_URL": "the database, postgresql://user:password@host:port/name; secret; the store needs it, views page on with it",
     "NOTIFY_STORE_MONTHS": "how many months of notifications the database keeps, the current one included; default 13",

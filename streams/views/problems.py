@@ -73,10 +73,10 @@ def bad_parameter(parameter: str, allowed: str) -> ProblemError:
     return ProblemError(ProblemType.BAD_PARAMETER, f"{parameter} must be {allowed}", parameter=parameter, allowed=allowed)
 
 
-def invalid_field(field: str, problem: str, *, allowed: list[str] | None = None) -> ProblemError:
+def invalid_field(field: str, problem: str, **members: list[str]) -> ProblemError:
     """Return the problem of a `field` of the body, such as `data.title`. Neither may repeat a value of the request."""
-    members: dict[str, Any] = {"field": field} | ({} if allowed is None else {"allowed": allowed})
-    return ProblemError(ProblemType.INVALID_FIELD, f"{field} {problem}", **members)
+    given: dict[str, Any] = {"field": field, **members}
+    return ProblemError(ProblemType.INVALID_FIELD, f"{field} {problem}", **given)
 
 
 def unavailable(detail: str, *, retry_after_seconds: int = 1) -> ProblemError:

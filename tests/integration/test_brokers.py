@@ -104,9 +104,8 @@ def test_a_leader_that_is_killed_and_a_broker_that_is_lost_cost_nothing(running:
     }
     doubled = sent(running, wanted).total() - TOTAL
     left = {name: worker.exits for name, worker in running.workers.items() if worker.exits}
-    print(
-        f"\nbrokers: killed {killed} (came back), lost {lost}; lost 0 of {TOTAL}; mails doubled {doubled}; workers that left {left or 'none'}"
-    )
+    print(f"\nbrokers: killed {killed} (came back) and {lost} (for good); lost 0 of {TOTAL}; mails doubled {doubled}")
+    print(f"brokers: workers that left and were started again: {left or 'none'}")
     for what, ids in once.items():
         expected = 2 * TOTAL if what == "status queued" else TOTAL
         print(f"brokers: {what}: {len(ids)} ids, {ids.total() - len(ids)} doubled")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import re
 import subprocess
@@ -17,7 +18,9 @@ import pytest
 from confluent_kafka import Consumer, KafkaError, Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
+from rich.console import Console
 
+from streams.cli.up import Options, Up
 from streams.embedded import artifacts, disk
 from streams.embedded.kafka import KafkaBroker
 from streams.embedded.postgres import PostgresServer
@@ -235,3 +238,17 @@ def test_needs_of_folders_on_one_disk_add_up(tmp_path: Path) -> None:
     sentence = disk.shortage({tmp_path / "a" / "not-made-yet": half, tmp_path / "b": half}, "it")
     assert sentence is not None
     assert sentence.startswith("it needs ")
+
+
+def test_up_shows_what_the_supervisor_tells(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    options = Options(is_demo=False, is_once=False, data_dir=tmp_path, ready_file=None, port_base=None, is_free=True, environ={})
+    run = Up(options, Console(file=shown, width=1_000))
+    run._on_happening(
+        Died(name="kafka", exit_code=1, lived_seconds=9, delay_seconds=1, explanation="kafka ended because the disk is full.")
+    )
+    run._on_happening(Filling(warning="the disk is nearly full."))
+    died, explanation, warning = shown.getvalue().splitlines()
+    assert "kafka died (exit code 1); starting it again in 1 s" in died
+    assert explanation.strip() == "kafka ended because the disk is full."
+    assert warning.endswith("The disk is nearly full.")

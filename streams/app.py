@@ -64,6 +64,7 @@ from schemas.messages import (
 )
 from schemas.sealed import KEY_BYTES, unwrap
 from schemas.topics import Lane as LaneName
+from streams.clock import ClockWatch
 from streams.followers import Follower, OrderFollower
 from streams.health import HealthWatch
 from streams.metrics import Metrics
@@ -232,6 +233,7 @@ class Worker(NotifyApp):
         self.owner = self.runner = runner
         self.watch = HealthWatch(runner)
         self.add_future(self.watch.watch())
+        self.add_future(ClockWatch(self.registry, self.metrics).watch())
         self._closing.append(self.registry.close)
 
     def _check_rights(self) -> None:

@@ -58,4 +58,5 @@ class Metrics:
         )
         self.store_paused = gauge("store_paused_partitions", "Partitions of the projection that wait for PostgreSQL.")
         self.waiting = gauge("waiting_deliveries", "Deliveries that wait to be tried again.", "channel")
+        self.clock_difference = gauge("clock_difference_seconds", "How far this machine's clock is ahead of the registry's.")
         self.paused = gauge("paused_partitions", "Partitions that wait because their provider does not answer.", "channel")

@@ -61,6 +61,7 @@ class Registry:
         self.schemas: dict[int, Schema] = {}
         self._cache = cache_dir
         self._session: aiohttp.ClientSession | None = None
+        self._date: str | None = None
         self._paused_until = 0.0
         self._not_found: dict[int, float] = {}
         self._refused: set[int] = set()  # no Avro schemas: the answer will not change
@@ -133,6 +134,11 @@ class Registry:
         self._store(stored.name, json.dumps(known))
         return Codec(written_as, self.schemas)
 
+    async def date(self) -> str | None:
+        """Return what the registry says the date is, as HTTP writes it. Raises RegistryUnavailableError."""
+        await self._call("GET", "/schemas/types")
+        return self._date
+
     async def _call(self, method: str, path: str, body: object = None) -> tuple[int, dict[str, Any]]:
         if time.monotonic() < self._paused_until:
             raise RegistryUnavailableError("the schema registry did not answer a moment ago")
@@ -142,6 +148,7 @@ class Registry:
         try:
             async with self._session.request(method, self.url + path, json=body) as answer:
                 status = answer.status
+                self._date = answer.headers.get("Date")
                 content = await answer.json(content_type=None)
         except (TimeoutError, aiohttp.ClientError, ValueError) as error:
             self._paused_until = time.monotonic() + PAUSE_AFTER_FAILURE_SECONDS

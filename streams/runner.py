@@ -38,7 +38,7 @@ from streams.transport.changelog import read_to_end
 from streams.transport.cluster import Cluster, leave
 from streams.transport.reader import MAX_BATCH_RECORDS, MAX_HELD_RECORDS, MAX_OUTSTANDING_RECORDS, Batch, Reader
 from streams.transport.records import PLACE_HEADERS, Record
-from streams.transport.writer import RECORD_OVERHEAD_BYTES, AbortedError, FencedError, Headers, Writer
+from streams.transport.writer import RECORD_OVERHEAD_BYTES, AbortedError, FencedError, Headers, Writer, WrongClockError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -345,6 +345,8 @@ class Shard:
             await self.run()
         except asyncio.CancelledError:
             raise
+        except WrongClockError as error:
+            leave(str(error))
         except FencedError as error:
             leave(f"another worker owns {self.step.name}-{self.partition}: {error}")
         except Exception as error:

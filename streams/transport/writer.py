@@ -6,6 +6,7 @@ All calls but `begin` and `produce` block; the runner makes them in a thread poo
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from streams.transport.cluster import Cluster
 
 TRANSACTION_TIMEOUT_MS = 15_000
 _CALL_SECONDS = 60.0
+_METADATA_SECONDS = 5.0
 # what one record adds to its key, value and headers on the wire, generously
 RECORD_OVERHEAD_BYTES = 128
 
@@ -23,6 +25,16 @@ Headers = Sequence[tuple[str, bytes]]
 
 class FencedError(Exception):
     """Another worker owns the shard, or the producer is broken for good. The process has to go."""
+
+
+class WrongClockError(FencedError):
+    """The broker refuses the time that our records carry, which is our machine's. Nothing can be written until it is right."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Kafka refuses records of this machine's time: its clock is more than an hour ahead (message.timestamp.after.max.ms). "
+            "Synchronise it (chrony, systemd-timesyncd); nothing was lost, and nothing was sent for what could not be recorded"
+        )
 
 
 class AbortedError(Exception):
@@ -39,6 +51,7 @@ class Writer:
     def __init__(self, cluster: Cluster, *, transactional_id: str, max_message_bytes: int) -> None:
         self.transactional_id = transactional_id
         self._too_large = False
+        self._wrong_clock = False
         self._config = cluster.config(
             transactional_id=transactional_id,
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
@@ -67,6 +80,9 @@ class Writer:
                     raise FencedError(f"{problem}: `notify topics acls` lists what each role needs") from error
                 if not error.args[0].retriable() or time.monotonic() > deadline:
                     raise FencedError(f"{self.transactional_id}: {error.args[0]}") from error
+        with contextlib.suppress(KafkaException):  # its transactions ask for themselves, and wait for the answer
+            # the first record for a topic that the producer has never met would hold its transaction up
+            producer.list_topics(timeout=_METADATA_SECONDS)
         self._producer = producer
 
     def begin(self) -> None:
@@ -145,11 +161,17 @@ class Writer:
         reason: KafkaError = error.args[0]
         if reason.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             self._too_large = True
+        if self._producer is not None:
+            self._producer.poll(0)  # what the broker refused before tells more than what failed because of it
+        if self._wrong_clock or reason.code() == KafkaError.INVALID_TIMESTAMP:
+            raise WrongClockError from error
         if reason.txn_requires_abort() or reason.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             self.abort()
             raise AbortedError(str(reason), too_large=self._too_large) from error
         raise FencedError(f"{self.transactional_id}: {reason}") from error
 
     def _on_delivery(self, error: KafkaError | None, _message: object) -> None:
+        if error is not None and error.code() == KafkaError.INVALID_TIMESTAMP:
+            self._wrong_clock = True
         if error is not None and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             self._too_large = True

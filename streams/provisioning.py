@@ -154,7 +154,10 @@ def check_partitions(admin: AdminClient, wanted: Iterable[Target]) -> None:
     Raises SettingsError with a sentence for those that are missing and one for each wrong count.
     A worker that went on would look for keys in the wrong partitions.
     """
-    found = admin.list_topics(timeout=ANSWER_SECONDS).topics
+    _check(admin.list_topics(timeout=ANSWER_SECONDS).topics, wanted)
+
+
+def _check(found: Mapping[str, TopicMetadata], wanted: Iterable[Target]) -> None:
     missing: list[str] = []
     wrong: list[tuple[Target, int]] = []
     for target in wanted:
@@ -326,12 +329,20 @@ def _create(admin: AdminClient, created: Sequence[Target]) -> None:
                 raise SettingsError([problem]) from error
             raise
 
+    seen: dict[str, TopicMetadata] = {}
+    agreed = 0
+
     def missing() -> list[str]:
-        found = admin.list_topics(timeout=ANSWER_SECONDS).topics
-        return [target.name for target in created if not _has_leaders(found.get(target.name))]
+        nonlocal agreed
+        metadata = admin.list_topics(timeout=ANSWER_SECONDS)
+        seen.update(metadata.topics)
+        found = [target.name for target in created if not _has_leaders(metadata.topics.get(target.name))]
+        # each look asks some broker: one that knows does not mean that the next one does
+        agreed = 0 if found else agreed + 1
+        return found or ([] if agreed >= len(metadata.brokers) else [created[0].name])
 
     _await(missing, "was created, but has no leaders yet")
-    check_partitions(admin, created)
+    _check(seen, created)
 
 
 def _await(missing: Callable[[], list[str]], problem: str) -> None:

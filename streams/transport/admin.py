@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._listoffsets import OffsetSpec
 
@@ -14,6 +15,10 @@ from schemas.errors import SettingsError
 from streams.transport.cluster import Cluster
 
 _CALL_SECONDS = 30.0
+_TRY_SECONDS = 3.0
+_PAUSE_SECONDS = 0.1
+# what a change of leaders, or a broker that just went, ends a call with
+_PASSING = frozenset({KafkaError._TIMED_OUT, KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN})  # noqa: SLF001 - public, for all their underscores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +51,26 @@ def offset_bounds(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[t
     """Return (first offset, end offset of what is committed) for each (topic, partition). Raises KafkaException."""
     if not places:
         return {}
+    deadline = time.monotonic() + _CALL_SECONDS
+    while True:
+        try:
+            return _offset_bounds(cluster, places)
+        except KafkaException as error:
+            cause: KafkaError = error.args[0]
+            if not (cause.retriable() or cause.code() in _PASSING) or time.monotonic() > deadline:
+                raise
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _offset_bounds(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], tuple[int, int]]:
+    # A new client each time: it learns who leads now. One that waits for a leader that is gone does so until its time is up,
+    # and librdkafka 2.16 meanwhile connects to it thousands of times a second
     admin = AdminClient(cluster.config())
     tps = [TopicPartition(topic, partition) for topic, partition in places]
     level = IsolationLevel.READ_COMMITTED
     earliest, latest = cast("list[OffsetSpec]", [OffsetSpec.earliest(), OffsetSpec.latest()])  # type: ignore[no-untyped-call]  # upstream has no types here
-    first = admin.list_offsets(dict.fromkeys(tps, earliest), isolation_level=level, request_timeout=_CALL_SECONDS)
-    last = admin.list_offsets(dict.fromkeys(tps, latest), isolation_level=level, request_timeout=_CALL_SECONDS)
+    first = admin.list_offsets(dict.fromkeys(tps, earliest), isolation_level=level, request_timeout=_TRY_SECONDS)
+    last = admin.list_offsets(dict.fromkeys(tps, latest), isolation_level=level, request_timeout=_TRY_SECONDS)
     ends = {(tp.topic, tp.partition): future.result().offset for tp, future in last.items()}
     return {(tp.topic, tp.partition): (future.result().offset, ends[(tp.topic, tp.partition)]) for tp, future in first.items()}
 

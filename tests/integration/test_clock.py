@@ -12,6 +12,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,7 @@ def mails_of(made: System, ids: set[str]) -> Counter[str]:
     return Counter({each: found[f"{each}-email"] for each in ids})
 
 
-def replace_worker(made: System, role: str, **env: str) -> WorkerProcess:
+def replace_worker(made: System, role: str, **env: Any) -> WorkerProcess:
     made.stop(made.workers[f"{role}-a"])
     return made.start(role, **env)
 

@@ -544,6 +544,10 @@ def _address(channel: Channel, contact: Contact, user_id: str) -> str | None:
     match channel:
         case Channel.EMAIL:
             return contact.email or None
+        case Channel.SMS:
+            return contact.phone or None
+        case Channel.PUSH:
+            return None
         case Channel.IN_APP:
             return user_id
 

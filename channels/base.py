@@ -32,16 +32,19 @@ class OnUnknown(StrEnum):
 
 
 class Channel(Protocol):
-    """A way out through one provider.
+    """A way out through one provider. Where there are several providers for a channel, each is an object of its own.
 
     One object serves one event loop. Between `open` and `close`, up to `max_open` calls of `send` may run at once; the
     caller keeps to that number, since it is also how many deliveries a crash of the worker can double.
     """
 
     name: str  # a value of `schemas.topics.Channel`
-    provider: str  # a short fixed word: it is a metric label
+    provider: str  # its name in the configuration, a short word: it is a metric label, and part of the trail
+    reported_as: str  # the provider whom later reports name; the same for all through whom a delivery can be reported
+    routes: frozenset[str] | None  # the values of `Delivery.route` that it can carry; None: all
     max_open: int  # calls at once per worker
     on_unknown: OnUnknown
+    unknown_seconds: float  # RESEND: so long a report may settle an attempt of unknown end before the next one begins
 
     def record(self, delivery: Delivery) -> Receipt | None:
         """Return the receipt of a channel that calls nobody: the recorded status is all of its effect. None: call `send`."""
@@ -66,11 +69,17 @@ class Channel(Protocol):
         - ProviderThrottledError: slow down, for `retry_after_seconds` where the provider said so. Not taken.
         - ProviderRefusedError: this delivery was refused for now. Others may pass.
         - ProviderRejectedError: this delivery will never be taken; also raised, without a call, for an address or
-          content that cannot be sent.
+          content that cannot be sent. With `suppresses` the provider said that the address itself is dead.
         - SendUnknownError: everything left, and no answer came. Only then: what certainly was not taken is retryable.
 
         Each carries a short `code` and neither address nor content, in its text or its causes' text. A cancelled call
         may have arrived: its attempt is as unknown as one cut off by a crash. The channel stays usable.
+        """
+
+    async def look_up(self, delivery: Delivery, content: Content) -> Receipt | None:
+        """Return the receipt of an attempt of unknown end, where the provider can be asked for it by what we know.
+
+        None: it cannot be asked, or knows of no such attempt. Raises as `send` does when it does not answer.
         """
 
     async def close(self) -> None:

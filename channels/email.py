@@ -175,8 +175,11 @@ class EmailChannel:
     ) -> None:
         self.name: str = topics.Channel.EMAIL
         self.provider = "smtp"
+        self.reported_as = "smtp"
+        self.routes: frozenset[str] | None = None
         self.max_open = max_open
         self.on_unknown = OnUnknown.RESEND  # with the same Message-ID, by which mailboxes know a repetition
+        self.unknown_seconds = 0.0
         self._server = _parse_url(url)
         self._sender = _parse_sender(sender)
         self._connect_timeout_seconds = connect_timeout_seconds
@@ -230,6 +233,10 @@ class EmailChannel:
                 except _StaleError:
                     pass  # the server had given up the idle connection; no byte of the message left
             return await self._transact(await self._connect(), recipient, message)
+
+    async def look_up(self, delivery: Delivery, content: Content) -> Receipt | None:  # noqa: ARG002 - the channel contract
+        """Return None: a mail server cannot be asked."""
+        return None
 
     async def close(self) -> None:
         """Say goodbye on idle connections, cut those in use."""

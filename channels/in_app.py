@@ -17,9 +17,11 @@ class InAppChannel:
 
     def __init__(self, *, max_open: int = 500) -> None:
         self.name: str = topics.Channel.IN_APP
-        self.provider = "inbox"
+        self.provider = self.reported_as = "inbox"
+        self.routes: frozenset[str] | None = None
         self.max_open = max_open
         self.on_unknown = OnUnknown.RESEND
+        self.unknown_seconds = 0.0
 
     async def open(self) -> None:
         """Nothing to get ready."""
@@ -34,6 +36,10 @@ class InAppChannel:
 
     def reference_of(self, delivery: Delivery, receipt: Receipt | None) -> None:
         """Return None: there is nobody who reports."""
+
+    async def look_up(self, delivery: Delivery, content: Content) -> Receipt | None:  # noqa: ARG002 - the channel contract
+        """Return None: nothing is ever of unknown end."""
+        return None
 
     async def close(self) -> None:
         """Nothing to leave behind."""

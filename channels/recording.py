@@ -33,7 +33,7 @@ class RecordingChannel:
     with the delivery id as its reference. `hold()` keeps calls waiting, recorded, until `release()`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a channel is
         self,
         script: Iterable[Outcome] = (),
         *,
@@ -41,11 +41,16 @@ class RecordingChannel:
         name: str = topics.Channel.EMAIL,
         max_open: int = 32,
         on_unknown: OnUnknown = OnUnknown.RESEND,
+        provider: str = "recording",
+        routes: frozenset[str] | None = None,
+        unknown_seconds: float = 0.0,
     ) -> None:
         self.name = name
-        self.provider = "recording"
+        self.provider = self.reported_as = provider
+        self.routes = routes
         self.max_open = max_open
         self.on_unknown = on_unknown
+        self.unknown_seconds = unknown_seconds
         self.calls: list[Call] = []
         self.running = 0
         self.most_running = 0
@@ -96,6 +101,10 @@ class RecordingChannel:
         if isinstance(outcome, Receipt):
             return outcome
         raise outcome
+
+    async def look_up(self, delivery: Delivery, content: Content) -> Receipt | None:  # noqa: ARG002 - the channel contract
+        """Return None: nobody can be asked."""
+        return None
 
     async def close(self) -> None:
         """Take no more calls."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from channels.absent import AbsentChannel
 from channels.email import EmailChannel
 from channels.in_app import InAppChannel
+from schemas import topics
 
 if TYPE_CHECKING:
     from channels.base import Channel
@@ -21,4 +23,4 @@ def build_channels(*, smtp_url: str, mail_from: str, max_open: int = 32) -> dict
         EmailChannel(smtp_url, mail_from, max_open=max_open, pool_size=max_open, connect_timeout_seconds=5, send_timeout_seconds=12),
         InAppChannel(),
     )
-    return {channel.name: channel for channel in channels}
+    return {**{name: AbsentChannel(name) for name in topics.Channel}, **{channel.name: channel for channel in channels}}

@@ -30,6 +30,8 @@
 
 from __future__ import annotations
 
+from schemas.status import Suppression
+
 
 class NotifyError(Exception):
     """Root. Catches everything this service raises on purpose."""
@@ -79,7 +81,14 @@ class ProviderRefusedError(ProviderError, RetryableError):
 
 
 class ProviderRejectedError(ProviderError, PermanentError):
-    """The provider will never take this delivery. The status is failed, with its code."""
+    """The provider will never take this delivery. The status is failed, with its code.
+
+    `suppresses`: the address itself is at fault, for this reason; nothing more is sent to it.
+    """
+
+    def __init__(self, message: str, *, code: str | None = None, suppresses: Suppression | None = None) -> None:
+        super().__init__(message, code=code)
+        self.suppresses = suppresses
 
 
 class DatabaseUnavailableError(RetryableError):

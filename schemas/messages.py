@@ -155,11 +155,15 @@ class ProviderReference:
     generation: int
     attempt: int
     at: datetime
+    address_scope: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryReport:
-    """A provider's later word on a delivery. `status`: delivered, bounced, failed or expired."""
+    """A provider's later word on a delivery. `status`: delivered, bounced, failed or expired.
+
+    `suppresses`: a value of `schemas.status.Suppression` when the word is that nothing more may be sent to the address.
+    """
 
     report_id: str
     provider: str
@@ -167,6 +171,7 @@ class DeliveryReport:
     status: str
     code: str | None = None
     at: datetime
+    suppresses: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +274,10 @@ class Headline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """One notification on one channel, rendered and ready to send. `attempt` is the number of the next one, from 1."""
+    """One notification on one channel, rendered and ready to send. `attempt` is the number of the next one, from 1.
+
+    `route`: what of the address decides which providers can carry it: a number's country (DE), or a device's kind (apns).
+    """
 
     delivery_id: str
     notification_id: str
@@ -287,6 +295,7 @@ class Delivery:
     producer: str | None = None
     event_id: str | None = None
     not_before: datetime | None = None
+    route: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

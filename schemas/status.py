@@ -55,6 +55,15 @@ class SkipReason(StrEnum):
     RECALLED = "recalled"
 
 
+class Suppression(StrEnum):
+    """Why nothing more is sent to an address: the reason of the standing order on the control topic."""
+
+    HARD_BOUNCE = "hard_bounce"
+    COMPLAINT = "complaint"
+    UNSUBSCRIBED = "unsubscribed"
+    DEAD_TOKEN = "dead_token"  # noqa: S105 - of a device that is gone, no secret
+
+
 # status: (rank within an attempt, terminal: nothing more happens automatically)
 _TABLE: dict[Status, tuple[int, bool]] = {
     Status.ACCEPTED: (0, False),

@@ -17,6 +17,8 @@ class Channel(StrEnum):
     """A way out."""
 
     EMAIL = "email"
+    SMS = "sms"
+    PUSH = "push"
     IN_APP = "in_app"
 
 

@@ -196,6 +196,8 @@ def test_every_relative_link_resolves(name: str) -> None:
 def test_the_readme_leads_to_every_document() -> None:
     linked = set(re.findall(r"\]\(([\w/.-]+\.md)\)", README))
     assert {name for name in NAMES if name not in {"README.md", "docs/performance.md"}} <= linked
+    rows = re.findall(r"^\| \[(docs/[\w/.-]+\.md)\]", README, re.MULTILINE)
+    assert len(rows) == len(set(rows)), "a document has two lines"
 
 
 @cache
@@ -245,7 +247,9 @@ def test_every_command_that_is_named_exists() -> None:
 
 
 def test_the_readme_has_a_line_for_every_command() -> None:
-    table = set(re.findall(r"^\| `notify ([a-z ]+)` \|", README, re.MULTILINE))
+    lines = re.findall(r"^\| `notify ([a-z ]+)` \|", README, re.MULTILINE)
+    table = set(lines)
+    assert len(lines) == len(table), "a command has two lines"
     groups = {name.split()[0] for name in command_names() if " " in name}
     # `notify recall` is a command and a group
     both = {

@@ -3,15 +3,15 @@
 A sender publishes what the provider knows a delivery by together with the attempt's outcome. A report that comes before it
 waits. Two tables, both keyed by provider and reference, JSON with moments in milliseconds since 1970 UTC:
 
-`references`  [notification, delivery, user, channel, lane, generation, attempt, at, {status: [code, at]}]: the newest attempt
-              that is known under the reference, and what was reported on it
+`references`  [notification, delivery, user, channel, lane, generation, attempt, at, {status: [code, at]}, is unknown]: the
+              newest attempt that is known under the reference, and what was reported on it
 `waiting`     [[partition, offset, at, status, code, reported at, raw record in base64], …] in order of arrival
 """
 
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -64,11 +64,13 @@ class Known:
     attempt: int
     at_ms: int
     reports: Mapping[str, tuple[str | None, int]] = field(default_factory=dict)
+    is_unknown: bool = False  # its sender waits for a report
 
     @classmethod
     def decode(cls, row: bytes) -> Self:
         """Return the row in its bytes."""
-        notification, delivery, user, channel, lane, generation, attempt, at_ms, reports = orjson.loads(row)
+        # rows of before senders waited for reports have no last field
+        notification, delivery, user, channel, lane, generation, attempt, at_ms, reports, *rest = orjson.loads(row)
         return cls(
             notification_id=notification,
             delivery_id=delivery,
@@ -79,12 +81,14 @@ class Known:
             attempt=attempt,
             at_ms=at_ms,
             reports={status: (code, at) for status, (code, at) in reports.items()},
+            is_unknown=bool(rest and rest[0]),
         )
 
     def encode(self) -> bytes:
         """Return the row's bytes."""
         place = [self.notification_id, self.delivery_id, self.user_id, self.channel, self.lane]
-        return orjson.dumps([*place, self.generation, self.attempt, self.at_ms, self.reports])
+        rest = [True] if self.is_unknown else []
+        return orjson.dumps([*place, self.generation, self.attempt, self.at_ms, self.reports, *rest])
 
 
 class _Waiting(NamedTuple):
@@ -134,13 +138,15 @@ class Matcher:
             attempt=reference.attempt,
             at_ms=_milliseconds(reference.at),
             reports=reports,
+            is_unknown=reference.is_unknown,
         )
         rows = [Row(REFERENCES, key, known.encode())]
         if waiting:
             rows.append(Row(WAITING, key, None))
         rows += self._forgotten(state, key, _milliseconds(source.at))
         is_repeated = known == before
-        outputs = [] if is_repeated else [self._change(known, reference.provider, reference.reference, status) for status in reports]
+        changes = [] if is_repeated else [self._change(known, reference.provider, reference.reference, status) for status in reports]
+        outputs = [*changes, *self._settled(known, changes)]
         return Effects(outputs, rows, ["reference", *(["matched"] * len(waiting))])
 
     def decide_report(self, found: Reported, source: Source, state: State) -> Effects:
@@ -161,8 +167,9 @@ class Matcher:
         if report.status in known.reports:
             return Effects(counts=["repeated"])
         known = replace(known, reports={**known.reports, report.status: (_code(report.code), _milliseconds(report.at))})
+        change = self._change(known, report.provider, report.reference, report.status)
         return Effects(
-            [self._change(known, report.provider, report.reference, report.status)],
+            [change, *self._settled(known, [change])],
             [Row(REFERENCES, key, known.encode())],
             ["matched"],
         )
@@ -214,6 +221,11 @@ class Matcher:
             if old == key or now_ms - Known.decode(row).at_ms <= REFERENCE_SECONDS * 1000:
                 return
             yield Row(REFERENCES, old, None)
+
+    def _settled(self, known: Known, changes: Sequence[Output]) -> Iterator[Output]:
+        """Yield the changes for the sender that waits for them."""
+        if known.is_unknown:
+            yield from (change._replace(topic=topics.settled(known.lane)) for change in changes)
 
     def _change(self, known: Known, provider: str, reference: str, status: str) -> Output:
         """Return the change by a report: ordered by the attempt that it is about, so that nothing late moves it back."""

@@ -18,17 +18,21 @@ JITTER = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Seconds before the second, third, … attempt. `category` or `lane` None: any."""
+    """Seconds before the second, third, … attempt. `category` or `lane` None: any.
+
+    `awaits_reports`: an attempt of unknown end is repeated only after the provider had time to report on it.
+    """
 
     category: str | None
     lane: Lane | None
     waits_seconds: tuple[int, ...]
+    awaits_reports: bool = True
 
 
 # the first that fits; a delivery's `expires_at` ends each of them earlier
 SCHEDULES: tuple[Schedule, ...] = (
     # one-time codes: the user sits and waits
-    Schedule("security", Lane.CRITICAL, (1, 2, 4, 8, 15, 30, _MINUTE, 2 * _MINUTE, 4 * _MINUTE)),
+    Schedule("security", Lane.CRITICAL, (1, 2, 4, 8, 15, 30, _MINUTE, 2 * _MINUTE, 4 * _MINUTE), awaits_reports=False),
     Schedule("payments", None, (5, _MINUTE, 10 * _MINUTE, _HOUR, 4 * _HOUR, 12 * _HOUR, 24 * _HOUR)),
     Schedule(None, Lane.CRITICAL, (5, 30, 2 * _MINUTE, 10 * _MINUTE, _HOUR, 4 * _HOUR, 12 * _HOUR)),
     Schedule(None, Lane.BULK, (_MINUTE, 10 * _MINUTE, _HOUR, 6 * _HOUR, 24 * _HOUR)),

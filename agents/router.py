@@ -20,6 +20,7 @@ from itertools import islice
 from typing import Protocol, cast
 
 import orjson
+import phonenumbers
 
 from agents.ports import Effects, Output, Row, SortedRows, Source, State, origin_of
 from agents.triggers import EVENT, NO_RULE, RULES, Rule
@@ -103,11 +104,16 @@ class _Choice:
     reason: str
     address: str | None  # None: rejected
     cause: str | None = None  # more about the reason, for the decision record
+    device: str | None = None  # which of the user's addresses on the channel, where he may have several
+    route: str | None = None  # what of the address decides who can carry it
+
+    def delivery_id(self, identity: NotificationId) -> str:
+        return delivery_id(identity, self.channel, self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
-    """The router's decisions, with what they need. `new_key` returns 32 random bytes."""
+    """The router's decisions, with what they need. `new_key` returns 32 random bytes; `sms_countries` None: all."""
 
     templates: Renderer
     codec: Codec
@@ -116,6 +122,7 @@ class Router:
     partitions: int
     dedupe_seconds: int
     control: Orders
+    sms_countries: frozenset[str] | None = None
 
     # ---- requests
 
@@ -192,7 +199,7 @@ class Router:
             return self._effects(request, rule, source, identity, preferences, choices, key=b"", rows=[])
         key, rows = self._user_key(state, request.user_id, source.at)
         contact = self._contact(preferences, key)
-        choices = [self._choose(channel, rule, preferences, contact, request.user_id) for channel in rule.channels]
+        choices = [choice for channel in rule.channels for choice in self._choose(channel, rule, preferences, contact, request.user_id)]
         return self._effects(request, rule, source, identity, preferences, choices, key=key, rows=rows, contact=contact)
 
     def _stale(self, request: NotificationRequested, rule: Rule, source: Source, state: State) -> SkipReason | None:
@@ -203,19 +210,40 @@ class Router:
             return SkipReason.SUPERSEDED
         return None
 
-    def _choose(self, channel: Channel, rule: Rule, preferences: UserPreferences | None, contact: Contact, user_id: str) -> _Choice:
+    def _choose(
+        self, channel: Channel, rule: Rule, preferences: UserPreferences | None, contact: Contact, user_id: str
+    ) -> Iterator[_Choice]:
+        """Yield what becomes of a channel: one choice, or one for each of the user's devices."""
         chosen = (preferences.categories.get(rule.category, {}) if preferences else {}).get(channel)
         if chosen is False:
-            return _Choice(channel, SkipReason.OPTED_OUT, None)
+            yield _Choice(channel, SkipReason.OPTED_OUT, None)
+            return
         if chosen is None and channel not in rule.defaults:
-            return _Choice(channel, "off by default", None)
-        address = _address(channel, contact, user_id)
-        if address is None:
-            return _Choice(channel, SkipReason.NO_ADDRESS, None)
+            yield _Choice(channel, "off by default", None)
+            return
+        addresses = _addresses(channel, contact, user_id)
+        if not addresses:
+            yield _Choice(channel, SkipReason.NO_ADDRESS, None)
+        for address in addresses:
+            device = address if channel is Channel.PUSH else None
+            refused = self._refused(channel, address, rule.category)
+            if refused is not None:
+                yield _Choice(channel, refused[0], None, cause=refused[1], device=device)
+            else:
+                why = "on by preference" if chosen else "on by default"
+                yield _Choice(channel, why, address, device=device, route=_route(channel, address))
+
+    def _refused(self, channel: Channel, address: str, category: str) -> tuple[SkipReason, str | None] | None:
+        """Return why nothing is sent to an address, and more about it; None: it may be."""
+        del category
+        if channel in _ROUTED:
+            route = _route(channel, address)
+            if route is None:
+                return SkipReason.INVALID_ADDRESS, None
+            if channel is Channel.SMS and self.sms_countries is not None and route not in self.sms_countries:
+                return SkipReason.COUNTRY_NOT_ALLOWED, route
         order = self.control.suppressed(channel, address)
-        if order is not None:
-            return _Choice(channel, SkipReason.SUPPRESSED, None, cause=order.reason)
-        return _Choice(channel, "on by preference" if chosen else "on by default", address)
+        return None if order is None else (SkipReason.SUPPRESSED, order.reason)
 
     def _effects(  # noqa: PLR0913, PLR0917 - everything that a decision rests on, once
         self,
@@ -262,7 +290,7 @@ class Router:
                     channel=choice.channel,
                     is_chosen=choice.address is not None,
                     reason=str(choice.reason) if choice.cause is None else f"{choice.reason}: {choice.cause}",
-                    delivery_id=delivery_id(identity, choice.channel),
+                    delivery_id=choice.delivery_id(identity),
                 )
                 for choice in choices
             ],
@@ -284,7 +312,7 @@ class Router:
     ) -> Delivery:
         assert request.accepted_at is not None
         return Delivery(
-            delivery_id=delivery_id(identity, choice.channel),
+            delivery_id=choice.delivery_id(identity),
             notification_id=identity,
             user_id=request.user_id,
             channel=choice.channel,
@@ -299,6 +327,7 @@ class Router:
             expires_at=request.accepted_at + timedelta(seconds=rule.max_age_seconds),
             producer=request.producer,
             event_id=request.event_id,
+            route=choice.route,
         )
 
     def _record(  # noqa: PLR0913 - as above
@@ -540,23 +569,44 @@ def _content_digest(request: NotificationRequested) -> bytes:
     return blake2b("\0".join(f"{k}\1{v}" for k, v in items).encode(), digest_size=8).digest()
 
 
-def _address(channel: Channel, contact: Contact, user_id: str) -> str | None:
+# what can only be carried by who knows the country or the kind of device
+_ROUTED = frozenset({Channel.SMS, Channel.PUSH})
+MAX_DEVICES = 20  # of one user that are told; the newest count
+
+
+def _addresses(channel: Channel, contact: Contact, user_id: str) -> list[str]:
     match channel:
         case Channel.EMAIL:
-            return contact.email or None
+            return [contact.email] if contact.email else []
         case Channel.SMS:
-            return contact.phone or None
+            return [contact.phone] if contact.phone else []
         case Channel.PUSH:
-            return None
+            return list(dict.fromkeys(contact.devices or ()))[-MAX_DEVICES:]
         case Channel.IN_APP:
-            return user_id
+            return [user_id]
+
+
+def _route(channel: Channel, address: str) -> str | None:
+    """Return what of an address decides who can carry it; None where nothing does, or it is none."""
+    match channel:
+        case Channel.SMS:
+            try:
+                number = phonenumbers.parse(address)
+            except phonenumbers.NumberParseException:
+                return None
+            return phonenumbers.region_code_for_number(number) if phonenumbers.is_valid_number(number) else None
+        case Channel.PUSH:
+            kind, colon, token = address.partition(":")
+            return kind if colon and token and kind in {"fcm", "apns", "webpush"} else None
+        case _:
+            return None
 
 
 def _first_status(choice: _Choice, identity: NotificationId, user_id: str, lane: Lane, at: datetime) -> StatusChange:
     is_chosen = choice.address is not None
     return StatusChange(
         notification_id=identity,
-        delivery_id=delivery_id(identity, choice.channel),
+        delivery_id=choice.delivery_id(identity),
         user_id=user_id,
         axis=Axis.DELIVERY,
         status=Status.QUEUED if is_chosen else Status.SKIPPED,

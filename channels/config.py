@@ -105,6 +105,11 @@ def parse_providers(text: str, env: Mapping[str, str]) -> list[ProviderConfig]:
     return _all([(number, url, {}) for number, url in enumerate(text.split(), 1)], env)
 
 
+def smtp_provider(url: str) -> ProviderConfig:
+    """Return the provider that a plain SMTP URL, without options and variables, describes: `smtp`. Raises SettingsError."""
+    return _parse("smtp", url.replace("$", "%24"), {"name": "smtp"}, {})
+
+
 def parse_providers_file(text: str, env: Mapping[str, str]) -> list[ProviderConfig]:
     """Return the providers in a TOML text: a table `[providers.NAME]` each, with `url` and options. Raises SettingsError.
 

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parseaddr
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import aiosmtplib
 
@@ -35,6 +35,7 @@ from schemas.errors import (
 from schemas.status import Status
 
 if TYPE_CHECKING:
+    from channels.config import Ports, ProviderConfig
     from schemas.messages import Content, Delivery
 
 _PORTS: Final = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
@@ -80,6 +81,25 @@ class _Server:
     port: int
     username: str | None = None
     password: str = field(default="", repr=False)
+
+
+def build(config: ProviderConfig, ports: Ports) -> EmailChannel:
+    """Return the provider that `config` describes. Raises SettingsError."""
+    config.only()
+    config.require(host=config.host)
+    userinfo = f"{quote(config.username, safe='')}:{quote(config.password, safe='')}@" if config.username else ""
+    max_open = config.max_open or ports.max_open
+    channel = EmailChannel(
+        f"{config.scheme}://{userinfo}{config.host}{f':{config.port}' if config.port else ''}",
+        ports.mail_from,
+        max_open=max_open,
+        # a connection a call, so that none waits for another; together shorter than a drain (streams.runner.DRAIN_SECONDS)
+        pool_size=max_open,
+        connect_timeout_seconds=5,
+        send_timeout_seconds=12,
+    )
+    channel.provider, channel.routes = config.name, config.routes
+    return channel
 
 
 def message_id(delivery: Delivery, sender: Mailbox) -> str:

@@ -1,26 +1,47 @@
-"""Which channels there are. A new one is a module beside this one and a line here."""
+"""Which channels and providers there are. A new provider is a module beside this one and a line here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from channels import email
 from channels.absent import AbsentChannel
-from channels.email import EmailChannel
 from channels.in_app import InAppChannel
 from schemas import topics
+from schemas.errors import SettingsError
 
 if TYPE_CHECKING:
     from channels.base import Channel
+    from channels.config import Ports, ProviderConfig
+
+# a URL's scheme -> what makes the provider; it raises SettingsError, and calls nobody
+BUILDERS: Mapping[str, Callable[[ProviderConfig, Ports], Channel]] = {
+    "smtp": email.build,
+    "smtp+starttls": email.build,
+    "smtps": email.build,
+}
 
 
-def build_channels(*, smtp_url: str, mail_from: str, max_open: int = 32) -> dict[str, Channel]:
-    """Return every channel by its name, none of them open. `max_open`: calls at once to a provider.
+def build_channels(configs: Iterable[ProviderConfig], ports: Ports) -> dict[str, list[Channel]]:
+    """Return the providers of every channel by its name, none of them open, in the order of `configs`.
 
-    Raises SettingsError for a malformed URL or sender.
+    A channel without a provider has one that rejects everything as `no_provider`. Raises SettingsError with a sentence for
+    each provider that cannot be.
     """
-    channels: tuple[Channel, ...] = (
-        # a connection a call, so that none waits for another; together shorter than a drain (streams.runner.DRAIN_SECONDS)
-        EmailChannel(smtp_url, mail_from, max_open=max_open, pool_size=max_open, connect_timeout_seconds=5, send_timeout_seconds=12),
-        InAppChannel(),
-    )
-    return {**{name: AbsentChannel(name) for name in topics.Channel}, **{channel.name: channel for channel in channels}}
+    found: dict[str, list[Channel]] = {topics.Channel.IN_APP: [InAppChannel()]}
+    problems: list[str] = []
+    for config in configs:
+        builder = BUILDERS.get(config.scheme)
+        if builder is None:
+            problems.append(f"provider {config.name}: {config.scheme} is none of {', '.join(sorted(BUILDERS))}")
+            continue
+        try:
+            channel = builder(config, ports)
+        except SettingsError as error:
+            problems += error.problems
+        else:
+            found.setdefault(channel.name, []).append(channel)
+    if problems:
+        raise SettingsError(problems)
+    return {name: found.get(name) or [AbsentChannel(name)] for name in topics.Channel}

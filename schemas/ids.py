@@ -59,6 +59,6 @@ def partition_of_notification(notification: str, partitions: int) -> int:
     return (int(notification[:8], 16) & 0x7FFFFFFF) % partitions
 
 
-def delivery_id(notification: NotificationId, channel: str) -> DeliveryId:
-    """Return the id of a notification's delivery on a channel."""
-    return DeliveryId(f"{notification}-{channel}")
+def delivery_id(notification: NotificationId, channel: str, device: str | None = None) -> DeliveryId:
+    """Return the id of a notification's delivery on a channel; where a user has several devices there, to one of them."""
+    return DeliveryId(f"{notification}-{channel}" if device is None else f"{notification}-{channel}-{digest(device, size=6)}")

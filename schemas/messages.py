@@ -143,7 +143,10 @@ class ControlEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProviderReference:
-    """Whom a provider's report belongs to: the delivery and the attempt that the provider knows by `reference`."""
+    """Whom a provider's report belongs to: the delivery and the attempt that the provider knows by `reference`.
+
+    `is_unknown`: nobody knows whether the provider took the attempt over, so its sender waits for the report.
+    """
 
     provider: str
     reference: str
@@ -156,6 +159,7 @@ class ProviderReference:
     attempt: int
     at: datetime
     address_scope: str | None = None
+    is_unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

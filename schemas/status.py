@@ -47,6 +47,8 @@ class SkipReason(StrEnum):
     """Why we decided not to send. Not a failure."""
 
     NO_ADDRESS = "no_address"
+    INVALID_ADDRESS = "invalid_address"
+    COUNTRY_NOT_ALLOWED = "country_not_allowed"
     OPTED_OUT = "opted_out"
     SUPERSEDED = "superseded"
     EXPIRED = "expired"

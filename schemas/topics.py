@@ -62,6 +62,11 @@ def deliver(channel: Channel | str, lane: Lane | str) -> str:
     return f"deliver.{channel}.{lane}"
 
 
+def settled(lane: Lane | str) -> str:
+    """Topic of what providers report on attempts of unknown end in `lane`: what waits to be sent again need not be."""
+    return f"settled.{lane}"
+
+
 def retry(lane: Lane | str, tier: Tier | str) -> str:
     """Topic of the deliveries of `lane` that wait at least as long as `tier` says."""
     return f"retry.{lane}.{tier}"

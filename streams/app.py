@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from secrets import token_bytes
 from typing import Any, NamedTuple, cast
 
@@ -29,9 +29,10 @@ from agents import inbox, signals, triggers
 from agents.control import Control
 from agents.delay import Delay
 from agents.ports import Effects, KnownSource, Source, State
-from agents.receipts import EXPIRE_EVERY_SECONDS, Matcher, Reported
+from agents.receipts import EXPIRE_EVERY_SECONDS, Matcher, Reported, report_key
 from agents.router import Router
 from agents.stock import Stock
+from channels.config import Ports
 from channels.registry import build_channels
 from schemas import topics
 from schemas.codec import Codec
@@ -66,6 +67,7 @@ from schemas.sealed import KEY_BYTES, unwrap
 from schemas.topics import Lane as LaneName
 from streams.clock import ClockWatch
 from streams.followers import Follower, OrderFollower
+from streams.gateways import Gateway, gateways_of
 from streams.health import HealthWatch
 from streams.metrics import Metrics
 from streams.refusals import why_unreachable
@@ -73,7 +75,7 @@ from streams.registry import Registry
 from streams.rights import missing, rights_of, sentence
 from streams.roles import Role, step_back
 from streams.runner import DecidingShard, Input, MakeShard, Names, Runner, Timer, Tools, Turns
-from streams.sending import Providers, SendingShard, Slots
+from streams.sending import Providers, SendingShard
 from streams.settings import WORKER_NEEDS, Settings
 from streams.store.database import Database
 from streams.store.history import History
@@ -140,6 +142,7 @@ class Worker(NotifyApp):
         self._closing: list[Callable[[], Awaitable[None]]] = []
         self._publisher: Producer | None = None
         self._codec: Codec | None = None
+        self._gateways: Mapping[str, Gateway] = {}
         self.tables_of: dict[tuple[str, str], PartitionedTable] = {}
         super().__init__(f"notify.{settings.env}.{role}", **options)
 
@@ -211,7 +214,7 @@ class Worker(NotifyApp):
         if topics.KEYS in followed:
             self.keys = Follower(self.cluster, names[topics.KEYS], group=f"{self.conf.id}.keys")
         if self.role.lane is not None and self.plan.inputs is None:
-            make_shard["send"] = await self._sending(tools)
+            make_shard["send"] = await self._sending()
         if self.role is Role.SIGNALS and self.plan.inputs is None:
             expiry = Timer(seconds=EXPIRE_EVERY_SECONDS, decide=Matcher(self.settings.partitions).expire)
             make_shard["match"] = partial(DecidingShard, timer=expiry)
@@ -229,7 +232,7 @@ class Worker(NotifyApp):
         if self.orders is not None:
             runner.on_assigned.append(self._follow_orders)
             self.orders.changed.append(self._tell_shards)
-        runner.on_acquired += [self._show_tables, self._check_seal_key]
+        runner.on_acquired += [self._show_tables, self._check_seal_key, self._share_quotas]
         self.owner = self.runner = runner
         self.watch = HealthWatch(runner)
         self.add_future(self.watch.watch())
@@ -271,22 +274,52 @@ class Worker(NotifyApp):
         assert self.orders is not None
         return Control(self.orders.entry, seal_key=self.settings.seal_key)
 
-    async def _sending(self, tools: Tools) -> MakeShard:
+    async def _sending(self) -> MakeShard:
         settings = self.settings
-        channels = build_channels(smtp_url=settings.smtp_url, mail_from=settings.mail_from, max_open=settings.max_open_attempts)
-        for channel in channels.values():
+        assert self.role.lane is not None
+        control, lane_share = self._control(), settings.lane_shares[self.role.lane]
+        channels = build_channels(settings.providers, self._ports())
+        for channel in chain.from_iterable(channels.values()):
             await channel.open()
             self._closing.append(channel.close)
+        self._gateways = gateways_of(
+            channels,
+            {config.name: config for config in settings.providers},
+            max_open=settings.max_open_attempts,
+            lane_share=lane_share,
+            metrics=self.metrics,
+        )
         providers = Providers(
-            channels=channels,
-            slots={name: Slots(channel, settings.max_open_attempts, tools) for name, channel in channels.items()},
+            gateways=self._gateways,
             key_of=self.key_of,
             ledger_seconds=settings.dedupe_seconds,
-            control=self._control(),
+            control=control,
             orders_version=self._orders_version,
-            tiers_seconds=settings.retry_tiers_seconds[self.role.lane or LaneName.NORMAL],
+            tiers_seconds=settings.retry_tiers_seconds[self.role.lane],
+            lane_share=lane_share,
+            partitions=settings.partitions,
         )
         return partial(SendingShard, providers=providers)
+
+    def _ports(self) -> Ports:
+        """Return what channels may ask of this worker."""
+        return Ports(
+            mail_from=self.settings.mail_from,
+            max_open=self.settings.max_open_attempts,
+            report=self._report,
+            unsubscribe_url=lambda _delivery, _address: None,
+            callback_url=lambda _provider: None,
+        )
+
+    async def _report(self, report: DeliveryReport) -> None:
+        """Publish a provider's later word. Raises ProviderUnavailableError: Kafka did not take it."""
+        await self.publish(topics.RECEIPTS, report_key(report.provider, report.reference), report)
+
+    def _share_quotas(self, runner: Runner) -> None:
+        """Let this worker use as much of each provider's quota as it owns of the partitions."""
+        owned = {shard.partition for shard in runner.shards.values()}
+        for gateway in self._gateways.values():
+            gateway.own(len(owned) / self.settings.partitions)
 
     def open_history(self) -> History | None:
         """Return what reads PostgreSQL for the web, not connected yet; None without a database."""
@@ -332,6 +365,7 @@ class Worker(NotifyApp):
                     partitions=self.settings.partitions,
                     dedupe_seconds=self.settings.dedupe_seconds,
                     control=self._control(),
+                    sms_countries=self.settings.sms_countries,
                 )
                 requests = {topics.requests(lane): self._own(NotificationRequested, router.decide_request) for lane in LaneName}
                 return {
@@ -353,7 +387,9 @@ class Worker(NotifyApp):
                     topics.STOCK: self._own(StockLevel, stock.decide_level),
                 }
             case Role.SENDER_CRITICAL | Role.SENDER_NORMAL | Role.SENDER_BULK:
-                return {topic: self._own(Delivery, _nothing) for topic in step.reads}
+                assert step.role.lane is not None
+                settled = topics.settled(step.role.lane)
+                return {topic: self._own(StatusChange if topic == settled else Delivery, _nothing) for topic in step.reads}
             case Role.DELAY:
                 delay = Delay(self.settings.retry_tiers_seconds, now=partial(datetime.now, UTC))
                 held = self._own(Delivery, delay.decide)

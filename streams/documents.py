@@ -90,7 +90,7 @@ def _needed_by(name: str) -> str:
         return "workers, commands"
     if name in WORKER_NEEDS:
         return "workers"
-    return {"NOTIFY_SMTP_URL": "senders", "NOTIFY_POSTGRES_URL": "store"}.get(name, "")
+    return {"NOTIFY_SMTP_URL": "senders, without NOTIFY_PROVIDERS", "NOTIFY_POSTGRES_URL": "store"}.get(name, "")
 
 
 def metrics_page() -> str:

@@ -10,6 +10,7 @@ from collections import Counter
 
 from confluent_kafka import KafkaException
 
+from streams.gateways import Gateway
 from streams.runner import Runner
 from streams.sending import SendingShard
 from streams.storing import StoringShard
@@ -93,12 +94,21 @@ class HealthWatch:
     def _look_at_waiting(self) -> None:
         waiting: dict[str, int] = {}
         held: dict[str, int] = {}
+        unknown: Counter[str] = Counter()
+        gateways: dict[str, Gateway] = {}
         for shard in self._runner.shards.values():
             if isinstance(shard, SendingShard):
                 for channel, (count, is_held) in shard.waiting().items():
                     waiting[channel] = waiting.get(channel, 0) + count
                     held[channel] = held.get(channel, 0) + is_held
+                    unknown[channel] += 0
+                unknown.update(shard.unknown())
+                gateways |= {gateway.name: gateway for gateway in shard.gateways()}
+        for gateway in gateways.values():
+            gateway.show()
         metrics = self._runner.tools.metrics
+        for channel, count in unknown.items():
+            metrics.unknown.labels(channel).set(count)
         for channel, count in waiting.items():
             metrics.waiting.labels(channel).set(count)
             metrics.paused.labels(channel).set(held[channel])

@@ -48,6 +48,7 @@ URGENT_SECONDS = 1.0  # for so long after an urgent record the less urgent input
 DRAIN_SECONDS = 20.0  # longer than any call to a provider
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 _MISSING: Any = object()
+PROVIDER_HEADER = "provider"
 PROGRESS = "progress"
 
 Decide = Callable[[Any, Source, Mapping[str, Mapping[bytes, bytes]]], Effects]
@@ -415,11 +416,13 @@ class Shard:
             raise TooLargeError(f"{len(value)} bytes for {output.topic}, which takes {limit}")
         return value
 
-    def dead_letter(self, source: Source, value: bytes | None, error: BaseException) -> None:
-        """Add a record's raw bytes to `dead` in the open transaction."""
+    def dead_letter(self, source: Source, value: bytes | None, error: BaseException, *, provider: str = "") -> None:
+        """Add a record's raw bytes to `dead` in the open transaction. `provider`: at whom it ended, where it was one."""
         if not isinstance(error, NotifyError):
             log.error("decision.failed topic=%s offset=%d", source.topic, source.offset, exc_info=error)
-        headers = dead_letter_headers(source, error, self.tools.role)
+        headers = [*dead_letter_headers(source, error, self.tools.role)]
+        if provider:
+            headers.append((PROVIDER_HEADER, provider.encode()))
         partition = self.partition % self.tools.names.partitions[topics.DEAD]
         self.writer.produce(self.tools.names.physical[topics.DEAD], value, source.key, partition, headers)
         self.tools.metrics.dead_letters.labels(source.topic, dict(headers)["error"].decode()).inc()

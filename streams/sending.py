@@ -5,7 +5,8 @@ that ended, the intents of those that begin next, and the watermark up to which 
 committed are the calls made. A worker that was fenced cannot commit an intent, and so cannot call.
 
 A delivery that waits for its next attempt goes to the role delay, in the transaction that records why; a wait shorter than
-the shortest tier stays in memory here, and so does what waits for a provider that does not answer.
+the shortest tier stays in memory here, and so does what waits for providers that do not answer. Where some providers carry
+some routes only, a route that waits makes room for the others: its deliveries go to the role delay too, and spend nothing.
 """
 
 from __future__ import annotations
@@ -14,32 +15,40 @@ import asyncio
 import heapq
 import itertools
 import logging
+import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
 from agents.control import Control
+from agents.failover import Wait, backoff_seconds
+from agents.pacing import daily_share, day_of, seconds_to_next_day
 from agents.ports import BY_KEY, Output
 from agents.receipts import report_key
 from agents.retries import tier_for
-from agents.sender import Attempt, AttemptState, End, Recalled, Verdict, backoff_seconds, plan, verdict
-from channels.base import Channel, Receipt
+from agents.sender import Attempt, AttemptState, End, Recalled, Verdict, ended, is_settled_by, plan, verdict
+from channels.absent import NO_PROVIDER
+from channels.base import Receipt
 from schemas import topics
-from schemas.codec import unpack
+from schemas.codec import pack, unpack
 from schemas.errors import (
     AttemptsExhaustedError,
     ExpiredError,
+    ProviderError,
+    ProviderRejectedError,
     RegistryUnavailableError,
     SendUnknownError,
     TooLargeError,
     UnsealableError,
 )
-from schemas.messages import Content, Delivery, ProviderReference, StatusChange
-from schemas.sealed import unseal
-from schemas.status import Axis, Status
+from schemas.ids import digest
+from schemas.messages import Command, Contact, Content, ControlEntry, Delivery, ProviderReference, StatusChange
+from schemas.sealed import seal, unseal
+from schemas.status import Axis, Status, Suppression
+from streams.gateways import Call, Gateway, Line
 from streams.runner import DRAIN_SECONDS, Lane, RecordSource, Shard, Tools
 from streams.topology import Step
 from streams.transport.cluster import leave
@@ -47,59 +56,41 @@ from streams.transport.records import Record
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = "attempts"
+ATTEMPTS, USED = "attempts", "used"
 # deliveries of a shard that are taken in and not done: beyond it the partition waits
 WINDOW_DELIVERIES = 1_000
 _PRUNE_ROWS = 2
 _ASK_AGAIN_SECONDS = 1.0
-
-
-class Slots:
-    """How many calls to one provider run at once in this worker: the bound on duplicates of a crash."""
-
-    def __init__(self, channel: Channel, limit: int, tools: Tools) -> None:
-        self.channel = channel
-        self._free = min(limit, channel.max_open)
-        self._wakes: set[asyncio.Event] = set()
-        self._gauge = tools.metrics.attempts_open.labels(channel.provider)
-
-    def take(self, wake: asyncio.Event) -> bool:
-        """Take a slot; without a free one, say no and set `wake` when there is one."""
-        if self._free == 0:
-            self._wakes.add(wake)
-            return False
-        self._free -= 1
-        self._gauge.inc()
-        return True
-
-    def give_back(self) -> None:
-        """Free a slot."""
-        self._free += 1
-        self._gauge.dec()
-        for wake in self._wakes:
-            wake.set()
-        self._wakes.clear()
+# what cannot begin within so long makes room for what can (design rule 7)
+_STUCK_SECONDS = 2.0
 
 
 @dataclass(slots=True)
 class Providers:
-    """The channels of a worker, with their slots, and how to open what is sealed for a user.
+    """The gateways of a worker by channel, and how to open what is sealed for a user.
 
-    `orders_version` grows whenever `control` may say something else. `tiers_seconds`: of the worker's lane.
+    `orders_version` grows whenever `control` may say something else. `tiers_seconds` and `lane_share` (of each provider's
+    quota): of the worker's lane. `partitions`: into how many that share is divided.
     """
 
-    channels: Mapping[str, Channel]
-    slots: Mapping[str, Slots]
+    gateways: Mapping[str, Gateway]
     key_of: Callable[[str], Awaitable[bytes | None]]
     ledger_seconds: int
     control: Control
     orders_version: Callable[[], int]
     tiers_seconds: Sequence[int]
+    lane_share: float
+    partitions: int
 
 
 @dataclass(slots=True)
 class Job:
-    """A delivery that was read and is not done. `number`: of the attempt that runs, or else of the next one."""
+    """A delivery that was read and is not done. `number`: of the attempt that runs, or else of the next one.
+
+    `provider`: who is or was called last. `asks`: who may have taken an earlier attempt, and is asked before the next one.
+    `tried`: who refused it since its schedule was counted last. `scope`: of a suppression of its address; `device`: the
+    sealed contact that names its dead device.
+    """
 
     delivery: Delivery
     lane: Lane
@@ -107,7 +98,13 @@ class Job:
     number: int
     failures: int
     cut_off: int | None
-    outages: int = 0  # of its provider that it met here
+    provider: str = ""
+    asks: str = ""
+    outages: int = 0  # that it met here
+    tried: set[str] = field(default_factory=set)
+    call: Call | None = None
+    scope: str | None = None
+    device: bytes | None = None
 
     @property
     def identity(self) -> tuple[str, int]:
@@ -117,14 +114,11 @@ class Job:
 
 @dataclass(slots=True)
 class Outgoing:
-    """One channel of a shard: what is ready, what waits, and whether the provider answers."""
+    """One channel of a shard: what is ready, and what waits."""
 
     ready: deque[Job] = field(default_factory=deque)
     waiting: list[tuple[float, int, Job]] = field(default_factory=list)  # heap by monotonic due time
-    held_until: float = 0.0
-    is_failing: bool = False  # the provider did not answer: one delivery probes, the others wait
-    outages: int = 0  # probes in a row that met nobody
-    running: int = 0
+    stuck_until: float = math.inf  # when what is ready and could not begin may be tried again without being woken
 
     def wake(self, now: float) -> None:
         """Make ready what has waited long enough; what met an outage goes last, so that another delivery probes."""
@@ -151,11 +145,15 @@ class SendingShard(Shard):
     def __init__(self, tools: Tools, step: Step, partition: int, lanes: list[Lane], *, providers: Providers) -> None:
         super().__init__(tools, step, partition, lanes)
         self._providers = providers
-        self._channel_of = {topic: topic.split(".")[1] for topic in self.lanes}
+        self._channel_of = {topic: topic.split(".")[1] for topic in self.lanes if topic.startswith("deliver.")}
         self._outgoing = {channel: Outgoing() for channel in self._channel_of.values()}
         self._ended: list[tuple[Job, End]] = []
         self._active: set[tuple[str, int]] = set()  # identities of the jobs
         self._deferred: list[tuple[Output, bytes]] = []  # too early for this sender: back to the role delay
+        self._stepped_back: list[tuple[Job, tuple[Output, bytes]]] = []  # make room for other routes
+        self._settlements: list[StatusChange] = []  # reports that end what waits to be sent again
+        self._begun: Counter[str] = Counter()  # calls by provider that are chosen and not recorded yet
+        self._unknown: dict[str, str] | None = None  # delivery id -> channel: what may have arrived, and is not settled
         self._orders_seen = -1
         self._ask_again_at: float | None = None  # a delivery's schema could not be asked for
         self._lost: list[tuple[Lane, Record, Exception]] = []
@@ -202,10 +200,23 @@ class SendingShard(Shard):
     def waiting(self) -> dict[str, tuple[int, bool]]:
         """Return by channel how many deliveries wait to be tried again, and whether the channel is held."""
         now = time.monotonic()
-        return {
-            channel: (len(out.waiting) + (len(out.ready) if out.is_failing else 0), out.is_failing or out.held_until > now)
-            for channel, out in self._outgoing.items()
-        }
+        found: dict[str, tuple[int, bool]] = {}
+        for channel, out in self._outgoing.items():
+            is_held = bool(out.ready or out.waiting) and self._providers.gateways[channel].is_held()
+            found[channel] = (len(out.waiting) + (len(out.ready) if out.stuck_until > now and out.ready else 0), is_held)
+        return found
+
+    def gateways(self) -> Sequence[Gateway]:
+        """Return the gateways of its channels, which the worker's shards share."""
+        return [self._providers.gateways[channel] for channel in self._outgoing]
+
+    def unknown(self) -> Counter[str]:
+        """Return by channel how many deliveries may have arrived, and nothing has settled it yet."""
+        if self._unknown is None:
+            # recovered rows: only those that name a provider end in a text
+            named = ((key, row) for key, row in self.tables[ATTEMPTS].items() if row.endswith(b'"]'))
+            self._unknown = {key.decode(): _channel_in(key) for key, row in named if Attempt.of(row).is_unknown}
+        return Counter(self._unknown.values())
 
     # ---- in
 
@@ -242,7 +253,7 @@ class SendingShard(Shard):
             return
         passage = lane.run.begin()
         try:
-            delivery: Delivery = lane.handles.decode(message)
+            decoded = lane.handles.decode(message)
             passage.passed()
         except RegistryUnavailableError:
             raise
@@ -258,10 +269,15 @@ class SendingShard(Shard):
         passage.committed()
         metrics.records.labels(lane.topic).inc()
         self._reached[lane.topic] = offset + 1
+        if lane.topic not in self._channel_of:
+            self._take_report(decoded, offset, unfinished)
+            return
+        delivery: Delivery = decoded
         channel_name = self._channel_of[lane.topic]
-        channel = self._providers.channels[channel_name]
-        how = plan(delivery, self.tables[ATTEMPTS].get(delivery.delivery_id.encode()), channel.on_unknown)
-        job = Job(delivery, lane, message, how.number or how.cut_off or 1, how.failures, how.cut_off)
+        channel = self._providers.gateways[channel_name].first
+        row = self.tables[ATTEMPTS].get(delivery.delivery_id.encode())
+        how = plan(delivery, row, channel.on_unknown, unknown_seconds=channel.unknown_seconds)
+        job = Job(delivery, lane, message, how.number or how.cut_off or 1, how.failures, how.cut_off, how.provider, how.provider)
         if (how.number is None and how.cut_off is None) or job.identity in self._active:
             metrics.suppressed.labels(channel_name).inc()
             unfinished[offset] = True
@@ -274,13 +290,28 @@ class SendingShard(Shard):
         unfinished[offset] = False
         self._active.add(job.identity)
         if how.number is None:
-            # cut off, and the channel does not repeat what may have arrived
+            # cut off, and the channel does not repeat what may have arrived, or not yet
             job.cut_off = None
             self._ended.append((job, SendUnknownError("cut off by a crash", code="cut_off")))
         elif left > 0:
             self._keep(job, left)
         else:
             self._outgoing[channel_name].ready.append(job)
+
+    def _take_report(self, change: StatusChange, offset: int, unfinished: dict[int, bool]) -> None:
+        """Take in what a provider reported on an attempt of unknown end: a delivery that waits to be sent again is over."""
+        unfinished[offset] = True
+        out = self._outgoing.get(change.channel or "")
+        row = self.tables[ATTEMPTS].get((change.delivery_id or "").encode())
+        if out is None or not is_settled_by(change, row):
+            return
+        here = out.take_out(lambda job: job.identity == (change.delivery_id, change.generation))
+        if not here and (change.delivery_id, change.generation) in self._active:
+            return  # the next attempt is under way
+        for job in here:
+            self._active.discard(job.identity)
+            self._unfinished[job.lane.topic][job.record.offset()] = True
+        self._settlements.append(change)
 
     def _keep(self, job: Job, seconds: float) -> None:
         """Let a delivery wait in memory."""
@@ -300,7 +331,9 @@ class SendingShard(Shard):
             return None  # as it came, it was as large as Kafka takes
 
     def _has_progress(self) -> bool:
-        return bool(self._lost or self._deferred) or any(next(iter(done.values()), False) for done in self._unfinished.values())
+        return bool(self._lost or self._deferred or self._stepped_back or self._settlements) or any(
+            next(iter(done.values()), False) for done in self._unfinished.values()
+        )
 
     # ---- out
 
@@ -322,23 +355,67 @@ class SendingShard(Shard):
         return recalled
 
     def _choose(self) -> tuple[list[tuple[Job, End]], list[Job]]:
-        """Return what ends without a call, and the deliveries to call for next, each with a slot taken."""
+        """Return what ends without a call, and the deliveries to call for next, each with its call granted."""
         now, moment = time.monotonic(), datetime.now(UTC)
         settled: list[tuple[Job, End]] = []
         starts: list[Job] = []
         for channel, out in self._outgoing.items():
             out.wake(now)
-            slots = self._providers.slots[channel]
+            gateway = self._providers.gateways[channel]
+            stuck: dict[str | None, Wait] = {}
+            passed: list[Job] = []
             while out.ready:
-                end = self._settle_directly(out.ready[0].delivery, moment)
+                job = out.ready[0]
+                route = job.delivery.route
+                if route in stuck:
+                    passed.append(out.ready.popleft())
+                    continue
+                end = self._settle_directly(job.delivery, moment)
                 if end is not None:
                     settled.append((out.ready.popleft(), end))
-                elif out.held_until > now or (out.is_failing and out.running) or not slots.take(self.wake):
-                    break
-                else:
-                    out.running += 1
+                    continue
+                draw = f"{job.delivery.delivery_id} {job.delivery.generation} {job.number}"
+                found = gateway.take(route=route, draw=draw, avoid=job.tried, spendable_at=self._spendable_at, wake=self.wake)
+                if isinstance(found, Call):
+                    job.call = found
+                    self._begun[found.line.provider.name] += 1
                     starts.append(out.ready.popleft())
+                elif found is None:
+                    error = ProviderRejectedError(f"no provider carries {route}", code=NO_PROVIDER)
+                    settled.append((out.ready.popleft(), error))
+                else:
+                    stuck[route] = found
+                    if not gateway.has_routes:
+                        break
+            out.ready.extendleft(reversed(passed))
+            out.stuck_until = min((wait.until for wait in stuck.values()), default=math.inf)
+            if gateway.has_routes and stuck:
+                self._step_back(channel, out, stuck, now)
         return settled, starts
+
+    def _step_back(self, channel: str, out: Outgoing, stuck: Mapping[str | None, Wait], now: float) -> None:
+        """Send deliveries whose route waits for long to the role delay, when they would soon leave no room for others."""
+        lanes = [topic for topic, name in self._channel_of.items() if name == channel]
+        if sum(len(self._unfinished[topic]) for topic in lanes) < WINDOW_DELIVERIES // 2:
+            return
+        far = {route: wait.until - now for route, wait in stuck.items() if _STUCK_SECONDS < wait.until - now < math.inf}
+        for job in list(out.ready):
+            seconds = far.get(job.delivery.route)
+            if seconds is not None and (delayed := self._delayed(job, seconds, attempt=job.number)) is not None:
+                self._stepped_back.append((job, delayed))
+        gone = {job.identity for job, _ in self._stepped_back}
+        out.ready = deque(job for job in out.ready if job.identity not in gone)
+
+    def _spendable_at(self, line: Line) -> float:
+        """Return when this shard may call a provider as far as its daily quota goes: now, or at the next day."""
+        if line.per_day is None:
+            return 0.0
+        name = line.provider.name
+        now = datetime.now(UTC)
+        used = int(self.tables[USED].get(_day_key(name, now), b"0")) + self._begun[name]
+        if used < daily_share(line.per_day, self._providers.lane_share, self.partition, self._providers.partitions):
+            return 0.0
+        return time.monotonic() + seconds_to_next_day(now)
 
     def _settle_directly(self, delivery: Delivery, now: datetime) -> End | None:
         """Return how a delivery ends without a call: past its time, recalled, or on a channel that calls nobody.
@@ -350,7 +427,7 @@ class SendingShard(Shard):
         order = self._providers.control.recalls(delivery)
         if order is not None:
             return Recalled(order)
-        return self._providers.channels[delivery.channel].record(delivery)
+        return self._providers.gateways[delivery.channel].first.record(delivery)
 
     async def _transact(self, ended: list[tuple[Job, End]], starts: list[Job]) -> None:
         self.writer.begin()
@@ -361,6 +438,15 @@ class SendingShard(Shard):
             self.publish(*deferred)
         self._deferred.clear()
         now = datetime.now(UTC)
+        for job, delayed in self._stepped_back:
+            self._record_cut_off(job, now)
+            job.number -= 1  # it has not begun
+            self.publish(*delayed)
+            self._finish(job, AttemptState.DELAYED, now, unknown_at=job.asks)
+        self._stepped_back.clear()
+        for change in self._settlements:
+            self._record_settlement(change, now)
+        self._settlements.clear()
         for job, end in ended:
             self._record_end(job, end, now)
         for job in starts:
@@ -378,9 +464,24 @@ class SendingShard(Shard):
             call.add_done_callback(self._calls.discard)
 
     def _record_start(self, job: Job, now: datetime) -> None:
+        assert job.call is not None
         self._record_cut_off(job, now)
-        self._put_attempt(job, AttemptState.OPEN, now)
-        self._publish_status(job, Verdict(status=Status.SENDING), now, attempt=job.number)
+        line = job.call.line
+        job.provider = line.provider.name
+        self._put_attempt(job, AttemptState.OPEN, now, provider=job.provider)
+        if line.per_day is not None:
+            self._spend(job.provider, now)
+        self._begun[job.provider] -= 1
+        self._publish_status(job, Verdict(status=Status.SENDING, reason=job.call.reason), now, attempt=job.number)
+
+    def _spend(self, provider: str, now: datetime) -> None:
+        """Count a call of the day, and forget the provider's days before."""
+        key = _day_key(provider, now)
+        known = self.tables[USED].get(key)
+        if known is None:
+            for old in [each for each in self.tables[USED] if each.rpartition(b" ")[0] == provider.encode()]:
+                self.put(USED, old, None)
+        self.put(USED, key, b"%d" % (int(known or b"0") + 1))
 
     def _record_cut_off(self, job: Job, now: datetime) -> None:
         if job.cut_off is not None:
@@ -388,81 +489,112 @@ class SendingShard(Shard):
             self._publish_reference(job, None, now, attempt=job.cut_off)
             job.cut_off = None
 
+    def _record_settlement(self, change: StatusChange, now: datetime) -> None:
+        """Note in the ledger that a report ended a delivery."""
+        key = (change.delivery_id or "").encode()
+        row = self.tables[ATTEMPTS].get(key)
+        if row is None or not is_settled_by(change, row):
+            return
+        settled = replace(Attempt.of(row), state=AttemptState.DONE, provider="", at_ms=round(now.timestamp() * 1000))
+        self.put(ATTEMPTS, key, settled.row())
+        self._note_unknown(key.decode(), change.channel or "", is_unknown=False)
+        self.tools.metrics.settled.labels(change.channel or "", change.status).inc()
+
     def _record_end(self, job: Job, end: End, now: datetime) -> None:
         """Record how an attempt ended and what follows: nothing, a wait in memory, or one through the role delay."""
         delivery = job.delivery
-        channel, out = self._providers.channels[delivery.channel], self._outgoing[delivery.channel]
-        found = verdict(end, delivery=delivery, failures=job.failures, on_unknown=channel.on_unknown, now=now)
+        gateway = self._providers.gateways[delivery.channel]
+        channel = gateway.channel(job.provider)
+        found = verdict(
+            end,
+            delivery=delivery,
+            failures=job.failures,
+            on_unknown=channel.on_unknown,
+            now=now,
+            unknown_seconds=channel.unknown_seconds,
+        )
         if isinstance(end, BaseException) and found.reason is not None and found.reason.endswith("internal"):
             log.error("attempt.failed delivery_id=%s", delivery.delivery_id, exc_info=end)
         if isinstance(end, ExpiredError | Recalled):
             # the number is of an attempt that never began: what is known of the one before may still come to count
             self._record_cut_off(job, now)
             job.number -= 1
+        fails_over = (found.holds_provider or found.is_refusal) and gateway.others(delivery.route, {*job.tried, job.provider})
+        if fails_over:
+            # another provider may take it: neither its schedule nor its time is spent on this one
+            found = replace(found, status=Status.RETRYING, wait_seconds=0.0, is_exhausted=False)
+            job.tried.add(job.provider)
+        elif found.wait_seconds is not None:
+            job.tried.clear()
         self._publish_status(job, found, now, attempt=job.number)
         if found.status in {Status.SENT, Status.UNKNOWN}:
             self._publish_reference(job, end if isinstance(end, Receipt) else None, now, attempt=job.number)
+        if found.suppresses is not None:
+            self._publish_suppression(job, found.suppresses, now)
         self._count(job, found, now)
         if found.wait_seconds is None:
             if found.is_exhausted:
                 error = AttemptsExhaustedError(f"attempt {job.number} was the last one: {found.reason}")
-                self.dead_letter(RecordSource(job.record, job.lane.topic), job.record.value(), error)
-            if isinstance(end, Receipt):
-                self._resume(out, channel)
-            self._finish(job, AttemptState.DONE, now)
-            return
-        wait = found.wait_seconds
-        if found.holds_channel:
-            wait = self._hold(out, channel, found, job)
+                self.dead_letter(RecordSource(job.record, job.lane.topic), job.record.value(), error, provider=job.provider)
+            self._finish(job, AttemptState.DONE, now, unknown_at=_unknown_at(job, found))
         else:
+            self._record_wait(job, found, now, fails_over=fails_over)
+
+    def _record_wait(self, job: Job, found: Verdict, now: datetime, *, fails_over: bool) -> None:
+        """Record that another attempt follows, and let the delivery wait for it: here, or in the role delay."""
+        assert found.wait_seconds is not None
+        wait = asked = found.wait_seconds
+        is_scheduled = not found.holds_provider and not fails_over
+        if is_scheduled:
             job.failures += 1
-        delayed = None if found.holds_channel else self._delayed(job, wait, attempt=job.number + 1)
+        elif not fails_over:
+            # by its own count: a delivery that alone drives providers away must not keep them from the others
+            back_in = self._providers.gateways[job.delivery.channel].back_in(job.delivery.route)
+            wait = max(asked, backoff_seconds(job.outages), back_in)
+            job.outages += 1
+        unknown_at = _unknown_at(job, found)
+        delayed = self._delayed(job, wait, attempt=job.number + 1) if is_scheduled else None
         if delayed is not None:
             self.publish(*delayed)
-            self._finish(job, AttemptState.DELAYED, now)
+            self._finish(job, AttemptState.DELAYED, now, unknown_at=unknown_at)
             return
         # after a restart only what was asked for is waited for: the provider may be back
-        asked = found.wait_seconds
-        self._put_attempt(job, AttemptState.WAITING, now, not_before=now + timedelta(seconds=asked))
+        self._put_attempt(job, AttemptState.WAITING, now, not_before=now + timedelta(seconds=asked), provider=unknown_at)
         job.number += 1
+        job.asks = unknown_at
         if not self.is_draining:
             self._keep(job, wait)
 
-    def _finish(self, job: Job, state: AttemptState, now: datetime) -> None:
+    def _finish(self, job: Job, state: AttemptState, now: datetime, *, unknown_at: str = "") -> None:
         """Let go of a delivery: its record is done."""
-        self._put_attempt(job, state, now)
+        self._put_attempt(job, state, now, provider=unknown_at)
         self._active.discard(job.identity)
         self._unfinished[job.lane.topic][job.record.offset()] = True
 
-    def _hold(self, out: Outgoing, channel: Channel, found: Verdict, job: Job) -> float:
-        """Leave the provider alone for a while; return how long the delivery that met nobody waits."""
-        if not out.is_failing:
-            log.warning("channel.held channel=%s partition=%d reason=%s", channel.name, self.partition, found.reason)
-            out.is_failing, out.outages = True, 0
-        asked = found.wait_seconds or 0.0
-        now = time.monotonic()
-        if out.held_until <= now:
-            # calls that ran side by side met one outage
-            out.held_until = now + backoff_seconds(out.outages)
-            out.outages += 1
-        out.held_until = max(out.held_until, now + asked)
-        job.outages += 1
-        # by its own count: a delivery that alone drives the provider away must not hold the channel again and again
-        return max(out.held_until - now, backoff_seconds(job.outages - 1))
-
-    def _resume(self, out: Outgoing, channel: Channel) -> None:
-        if out.is_failing:
-            log.warning("channel.resumed channel=%s partition=%d", channel.name, self.partition)
-            out.is_failing, out.held_until = False, 0.0
+    def _publish_suppression(self, job: Job, reason: Suppression, now: datetime) -> None:
+        """Order that nothing more is sent to the address; a dead device leaves the user's preferences too."""
+        if job.scope is not None:
+            order = ControlEntry(scope=job.scope, reason=reason, issued_at=now)
+            self.publish(Output(topics.CONTROL, job.scope.encode(), order, BY_KEY), self.tools.encoder.encode(order))
+            self.tools.metrics.suppressions.labels(job.delivery.channel, reason).inc()
+        if job.device is not None:
+            command = Command(
+                command_id=digest("sender", job.delivery.delivery_id, str(job.delivery.generation), str(job.number), size=16),
+                user_id=job.delivery.user_id,
+                kind="remove_device",
+                sealed=job.device,
+                issued_at=now,
+            )
+            self.publish(Output(topics.COMMANDS, command.user_id.encode(), command), self.tools.encoder.encode(command))
 
     def _count(self, job: Job, found: Verdict, now: datetime) -> None:
         delivery, metrics = job.delivery, self.tools.metrics
-        provider = self._providers.channels[delivery.channel].provider
+        provider = job.provider or self._providers.gateways[delivery.channel].first.provider
         metrics.deliveries.labels(delivery.channel, delivery.lane, provider, found.status).inc()
         if found.status in {Status.SENT, Status.DELIVERED}:
             metrics.delivery_seconds.labels(delivery.lane, delivery.channel).observe((now - delivery.accepted_at).total_seconds())
 
-    def _put_attempt(self, job: Job, state: AttemptState, now: datetime, *, not_before: datetime | None = None) -> None:
+    def _put_attempt(self, job: Job, state: AttemptState, now: datetime, *, not_before: datetime | None = None, provider: str = "") -> None:
         key = job.delivery.delivery_id.encode()
         known = self.tables[ATTEMPTS].get(key)
         if known is not None and Attempt.of(known).generation > job.delivery.generation:
@@ -474,8 +606,18 @@ class SendingShard(Shard):
             failures=job.failures,
             at_ms=round(now.timestamp() * 1000),
             not_before_ms=0 if not_before is None else round(not_before.timestamp() * 1000),
+            provider=provider,
         )
         self.put(ATTEMPTS, key, attempt.row())
+        self._note_unknown(job.delivery.delivery_id, job.delivery.channel, is_unknown=attempt.is_unknown)
+
+    def _note_unknown(self, delivery_id: str, channel: str, *, is_unknown: bool) -> None:
+        if self._unknown is None:
+            return  # nobody has asked yet: it will be counted from the rows
+        if is_unknown:
+            self._unknown[delivery_id] = channel
+        else:
+            self._unknown.pop(delivery_id, None)
 
     def _publish_status(self, job: Job, found: Verdict, now: datetime, *, attempt: int) -> None:
         delivery = job.delivery
@@ -489,7 +631,7 @@ class SendingShard(Shard):
             channel=delivery.channel,
             lane=delivery.lane,
             # attempt 0: nobody was asked
-            provider=self._providers.channels[delivery.channel].provider if attempt else None,
+            provider=(job.provider or self._providers.gateways[delivery.channel].first.provider) if attempt else None,
             reference=found.reference,
             generation=delivery.generation,
             attempt=attempt,
@@ -500,12 +642,12 @@ class SendingShard(Shard):
     def _publish_reference(self, job: Job, receipt: Receipt | None, now: datetime, *, attempt: int) -> None:
         """Say whom the provider's later reports belong to, if any come."""
         delivery = job.delivery
-        channel = self._providers.channels[delivery.channel]
+        channel = self._providers.gateways[delivery.channel].channel(job.provider)
         reference = channel.reference_of(delivery, receipt)
         if reference is None:
             return
         known = ProviderReference(
-            provider=channel.provider,
+            provider=channel.reported_as,
             reference=reference,
             notification_id=delivery.notification_id,
             delivery_id=delivery.delivery_id,
@@ -515,8 +657,10 @@ class SendingShard(Shard):
             generation=delivery.generation,
             attempt=attempt,
             at=now,
+            address_scope=job.scope,
+            is_unknown=receipt is None,
         )
-        output = Output(topics.PROVIDER_REFS, report_key(channel.provider, reference), known, BY_KEY)
+        output = Output(topics.PROVIDER_REFS, report_key(channel.reported_as, reference), known, BY_KEY)
         self.publish(output, self.tools.encoder.encode(known))
 
     def _move_watermarks(self) -> dict[str, tuple[int, int]]:
@@ -542,26 +686,36 @@ class SendingShard(Shard):
             self.put(ATTEMPTS, key, None)
 
     async def _call(self, job: Job) -> None:
-        delivery = job.delivery
+        call, delivery = job.call, job.delivery
+        assert call is not None
+        gateway = self._providers.gateways[delivery.channel]
         end: End
+        said = None
         try:
             key = await self._providers.key_of(delivery.user_id)
             if key is None:
                 raise UnsealableError("the user has no key: erased")
-            opened = unseal(key, delivery.sealed, user_id=delivery.user_id, purpose="content")
-            end = await self._providers.channels[delivery.channel].send(delivery, unpack(opened, Content))
+            content = unpack(unseal(key, delivery.sealed, user_id=delivery.user_id, purpose="content"), Content)
+            job.scope = self._providers.control.scope_of(delivery.channel, content.address)
+            found = await gateway.channel(job.asks).look_up(delivery, content) if job.asks else None
+            if found is not None:
+                end, job.provider = replace(found, code="found by look-up"), job.asks
+            else:
+                end = await call.line.channel.send(delivery, content)
+                said = ended(end)
         except asyncio.CancelledError:
-            self._end_slot(job)
+            gateway.give_back(call, None)
             raise
         except Exception as error:
             end = error
-        self._end_slot(job)
+            said = ended(end)
+            if isinstance(error, ProviderRejectedError) and error.suppresses is Suppression.DEAD_TOKEN and key is not None:
+                job.device = seal(key, pack(Contact(devices=[content.address])), user_id=delivery.user_id, purpose="contact")
+        asked = end.retry_after_seconds or 0.0 if isinstance(end, ProviderError) else 0.0
+        gateway.give_back(call, said, asked_seconds=asked, reason=str(getattr(end, "code", "") or ""))
+        job.call = None
         self._ended.append((job, end))
         self.wake.set()
-
-    def _end_slot(self, job: Job) -> None:
-        self._outgoing[job.delivery.channel].running -= 1
-        self._providers.slots[job.delivery.channel].give_back()
 
     # ---- rest
 
@@ -571,24 +725,40 @@ class SendingShard(Shard):
             out.waiting.clear()
         self._active.clear()
         self._deferred.clear()
+        self._stepped_back.clear()
+        self._settlements.clear()
         for unfinished in self._unfinished.values():
             unfinished.clear()
         self._lost.clear()
 
     async def _sleep(self) -> None:
         now = time.monotonic()
-        dues = list(self._dues(now))
+        dues = list(self._dues())
         try:
             await asyncio.wait_for(self.wake.wait(), max(0.01, min(dues) - now) if dues else None)
         except TimeoutError:
             return
 
-    def _dues(self, now: float) -> Iterator[float]:
+    def _dues(self) -> Iterator[float]:
         """Yield the moments at which there may be something to do without being woken."""
         if self._ask_again_at is not None:
             yield self._ask_again_at
         for out in self._outgoing.values():
             if out.waiting:
                 yield out.waiting[0][0]
-            if out.ready and out.held_until > now:
-                yield out.held_until
+            if out.ready and out.stuck_until < math.inf:
+                yield out.stuck_until
+
+
+def _unknown_at(job: Job, found: Verdict) -> str:
+    """Return who may have taken the attempt that ended; empty: nobody has."""
+    return job.provider if found.status is Status.UNKNOWN else ""
+
+
+def _day_key(provider: str, now: datetime) -> bytes:
+    return f"{provider} {day_of(now)}".encode()
+
+
+def _channel_in(delivery_id: bytes) -> str:
+    """Return the channel that a delivery's id names: what stands between the first two hyphens (`schemas.ids`)."""
+    return delivery_id.decode().split("-")[1]

@@ -9,13 +9,15 @@ import base64
 import binascii
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
 
+from channels.config import ProviderConfig, parse_providers, parse_providers_file, smtp_provider
 from schemas.errors import SettingsError
 from schemas.topics import Lane, Tier
 from streams.roles import Role
@@ -27,6 +29,7 @@ T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
 MINIMUM_TOKEN_KEY_BYTES = 32
 DEFAULT_TIERS_SECONDS: tuple[int, ...] = (5, 60, 600)
+DEFAULT_LANE_SHARES: Mapping[Lane, float] = {Lane.CRITICAL: 0.5, Lane.NORMAL: 0.3, Lane.BULK: 0.2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,9 @@ class Settings:
     postgres_url: str = field(repr=False)  # may carry a password
     store_months: int
     posts_per_second: int
+    providers: tuple[ProviderConfig, ...] = ()
+    lane_shares: Mapping[Lane, float] = field(default_factory=lambda: dict(DEFAULT_LANE_SHARES))
+    sms_countries: frozenset[str] | None = None
 
     @property
     def counts(self) -> Mapping[Count, int]:
@@ -109,7 +115,7 @@ class Settings:
 
         role = read("NOTIFY_ROLE", _role, None)
         if role is not None and role.lane is not None:
-            needs = needs | {"NOTIFY_SMTP_URL"}
+            needs = needs if env.get("NOTIFY_PROVIDERS") or env.get("NOTIFY_PROVIDERS_FILE") else needs | {"NOTIFY_SMTP_URL"}
         if role is Role.STORE:
             needs = needs | {"NOTIFY_POSTGRES_URL"}
         settings = cls(
@@ -152,6 +158,9 @@ class Settings:
             postgres_url=read("NOTIFY_POSTGRES_URL", _postgres_url, ""),
             store_months=read("NOTIFY_STORE_MONTHS", _between(1, 1_200), 13),
             posts_per_second=read("NOTIFY_POSTS_PER_SECOND", _between(1, 1_000_000), 50),
+            providers=_providers(env, problems),
+            lane_shares=read("NOTIFY_LANE_SHARES", _lane_shares, DEFAULT_LANE_SHARES),
+            sms_countries=read("NOTIFY_SMS_COUNTRIES", _countries, None),
         )
         problems += _contradictions(settings, {problem.partition(" ")[0].rstrip(":") for problem in problems})
         unknown = sorted(name for name in env if name.startswith("NOTIFY_") and name not in VARIABLES)
@@ -211,6 +220,10 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_POSTGRES_URL": "the database, postgresql://user:password@host:port/name; secret; the store needs it, views page on with it",
     "NOTIFY_STORE_MONTHS": "how many months of notifications the database keeps, the current one included; default 13",
     "NOTIFY_POSTS_PER_SECOND": "requests and watches that a token may ask a views worker for in a second; default 50",
+    "NOTIFY_PROVIDERS": "the providers of all channels, a URL each, between spaces (docs/howto/providers.md); secret",
+    "NOTIFY_PROVIDERS_FILE": "a TOML file with more of them, a table [providers.NAME] each",
+    "NOTIFY_LANE_SHARES": "what part of each provider's quota a lane may use, in percent: critical,normal,bulk; default 50,30,20",
+    "NOTIFY_SMS_COUNTRIES": "countries whose numbers may be sent SMS, such as DE,AT,CH; default: all",
     "NOTIFY_CACHE_DIR": "where `notify up` keeps downloads; default ~/.cache/flowmart-notify",
 }
 SECRETS = frozenset(
@@ -218,6 +231,7 @@ SECRETS = frozenset(
         "NOTIFY_SEAL_KEY",
         "NOTIFY_TOKEN_KEY",
         "NOTIFY_SMTP_URL",
+        "NOTIFY_PROVIDERS",
         "NOTIFY_POSTGRES_URL",
         "NOTIFY_KAFKA_PASSWORD",
         "NOTIFY_KAFKA_KEY_PASSWORD",
@@ -280,6 +294,54 @@ def _one_of(kind: type[E]) -> Callable[[str], E]:
             raise ValueError(f"is not one of {', '.join(kind)}") from None
 
     return parse
+
+
+def _providers(env: Mapping[str, str], problems: list[str]) -> tuple[ProviderConfig, ...]:
+    """Return the providers that NOTIFY_SMTP_URL, NOTIFY_PROVIDERS and NOTIFY_PROVIDERS_FILE describe, together."""
+    found: list[ProviderConfig] = []
+    plain, urls, file = (env.get(name, "").strip() for name in ("NOTIFY_SMTP_URL", "NOTIFY_PROVIDERS", "NOTIFY_PROVIDERS_FILE"))
+    try:
+        if plain and _is_smtp_url(plain):  # else the problem is named where it is read
+            found.append(smtp_provider(plain))
+        found += parse_providers(urls, env)
+        if file:
+            found += parse_providers_file(Path(file).expanduser().read_text("utf-8"), env)
+    except SettingsError as error:
+        problems += [f"NOTIFY_PROVIDERS: {problem}" for problem in error.problems]
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:
+        problems.append(f"NOTIFY_PROVIDERS_FILE: {file!r} cannot be read: {type(error).__name__}")
+    problems += [f"NOTIFY_PROVIDERS: there are two providers called {name}" for name in _doubled(each.name for each in found)]
+    return tuple(found)
+
+
+def _doubled(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def _is_smtp_url(text: str) -> bool:
+    try:
+        _smtp_url(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _lane_shares(text: str) -> Mapping[Lane, float]:
+    """Parse percents of the lanes, such as 50,30,20."""
+    try:
+        shares = [float(part) / 100 for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != len(Lane) or any(share <= 0 for share in shares) or sum(shares) > 1.000001:
+        raise ValueError("is not three percents above 0 that add up to 100 at most")
+    return dict(zip(Lane, shares, strict=True))
+
+
+def _countries(text: str) -> frozenset[str]:
+    countries = {part.strip().upper() for part in text.split(",")}
+    if not all(re.fullmatch(r"[A-Z]{2}", country) for country in countries):
+        raise ValueError("is not a list of two-letter countries")
+    return frozenset(countries)
 
 
 def _smtp_url(text: str) -> str:

@@ -80,6 +80,7 @@ def specs() -> list[TopicSpec]:
         TopicSpec(name=topics.DECISIONS, retention_seconds=90 * DAY_SECONDS, schema="DecisionRecord"),
         *(TopicSpec(name=topics.deliver(channel, lane), schema="Delivery") for channel in Channel for lane in Lane),
         TopicSpec(name=topics.STATUS, retention_seconds=90 * DAY_SECONDS, schema="StatusChange"),
+        *(TopicSpec(name=topics.settled(lane), schema="StatusChange") for lane in Lane),
         *(TopicSpec(name=topics.retry(lane, tier), schema="Delivery") for lane in Lane for tier in Tier),
         TopicSpec(name=topics.SIGNALS, schema="EngagementSignal"),
         TopicSpec(name=topics.PROVIDER_REFS, retention_seconds=None, forgets_seconds=90 * DAY_SECONDS, schema="ProviderReference"),

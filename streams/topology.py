@@ -48,10 +48,18 @@ def _sender(lane: Lane) -> Step:
     return Step(
         name="send",
         role=sender_of(lane),
-        reads=tuple(topics.deliver(channel, lane) for channel in Channel),
-        tables=(("attempts", None),),
+        reads=(topics.settled(lane), *(topics.deliver(channel, lane) for channel in Channel)),
+        tables=(("attempts", None), ("used", None)),
         aged=("attempts",),
-        writes=(topics.STATUS, topics.PROVIDER_REFS, *(topics.retry(lane, tier) for tier in Tier)),
+        # receipts: what providers report over the connection that they are called by
+        writes=(
+            topics.STATUS,
+            topics.PROVIDER_REFS,
+            topics.RECEIPTS,
+            topics.CONTROL,
+            topics.COMMANDS,
+            *(topics.retry(lane, tier) for tier in Tier),
+        ),
         calls_providers=True,
     )
 
@@ -108,7 +116,7 @@ TOPOLOGY: tuple[Step, ...] = (
         reads=(topics.PROVIDER_REFS, topics.RECEIPTS),
         tables=(("references", None), ("waiting", None)),
         aged=("references", "waiting"),
-        writes=(topics.STATUS, topics.PROVIDER_REFS, topics.RECEIPTS),
+        writes=(topics.STATUS, topics.PROVIDER_REFS, topics.RECEIPTS, *(topics.settled(lane) for lane in Lane)),
     ),
     Step(
         name="project",

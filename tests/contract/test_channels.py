@@ -25,6 +25,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from channels.base import Channel, OnUnknown, Receipt
+from channels.config import parse_providers
 from channels.email import EmailChannel, Mailbox, compose, recipient_address
 from channels.in_app import InAppChannel
 from channels.recording import RecordingChannel
@@ -42,6 +43,7 @@ from schemas.errors import (
 )
 from schemas.messages import Content, Delivery
 from schemas.status import Status
+from tests.ports import no_ports
 from tests.smtp_server import Drop, Hold, Reply, SmtpServer, Stage
 
 if TYPE_CHECKING:
@@ -282,9 +284,17 @@ async def test_the_inbox_delivers_at_once_under_the_delivery_id() -> None:
 
 
 def test_the_registry_has_every_channel_by_its_name() -> None:
-    channels = build_channels(smtp_url="smtp://127.0.0.1:2525", mail_from=SENDER)
+    channels = build_channels(parse_providers("smtp://127.0.0.1:2525?name=relay", {}), no_ports(SENDER))
     assert set(channels) == set(topics.Channel)
-    assert all(name == channel.name for name, channel in channels.items())
+    assert all(name == channel.name for name, each in channels.items() for channel in each)
+    assert [channel.provider for channel in channels["email"]] == ["relay"]
+
+
+async def test_a_channel_without_a_provider_rejects_visibly() -> None:
+    (absent,) = build_channels([], no_ports(SENDER))["sms"]
+    with pytest.raises(ProviderRejectedError) as caught:
+        await absent.send(a_delivery(channel="sms"), a_content())
+    assert caught.value.code == "no_provider"
 
 
 # --- e-mail: what each reply becomes ---------------------------------------------------------------------------------

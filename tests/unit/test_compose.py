@@ -27,6 +27,7 @@ from streams.embedded.postgres import _binary as postgres_binary
 from streams.metrics import Metrics
 from streams.roles import Role
 from streams.settings import SECRETS, WORKER_NEEDS, Settings
+from tests.ports import no_ports
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = re.compile(r"\$\{(\w+):\?([^}]*)\}")
@@ -263,7 +264,7 @@ def test_the_application_understands_the_environment_of(role: Role, ours: dict[s
     assert settings.replication == 1
     assert str(settings.data_dir) in {volume.split(":")[1] for volume in of_role(ours)[role]["volumes"]}
     if role.lane is not None:
-        build_channels(smtp_url=settings.smtp_url, mail_from=settings.mail_from, max_open=settings.max_open_attempts)
+        build_channels(settings.providers, no_ports(settings.mail_from))
 
 
 @pytest.mark.parametrize("role", Role)

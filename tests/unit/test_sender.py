@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agents.failover import backoff_seconds
 from agents.retries import schedule_of
-from agents.sender import Attempt, AttemptState, End, Plan, Recalled, Verdict, backoff_seconds, plan, verdict
+from agents.sender import Attempt, AttemptState, End, Plan, Recalled, Verdict, plan, verdict
 from channels.base import OnUnknown, Receipt
 from schemas.errors import (
     ExpiredError,
@@ -103,7 +104,7 @@ def test_each_end_of_a_call_has_its_verdict(
     end: Receipt | NotifyError, status: Status, reason: str | None, *, is_done: bool, holds: bool
 ) -> None:
     found = judge(end)
-    assert (found.status, found.reason, found.wait_seconds is None, found.holds_channel) == (status, reason, is_done, holds)
+    assert (found.status, found.reason, found.wait_seconds is None, found.holds_provider) == (status, reason, is_done, holds)
 
 
 def test_throttling_waits_as_long_as_the_provider_asked() -> None:
@@ -160,7 +161,7 @@ def test_what_may_have_arrived_is_never_called_failed_or_expired() -> None:
 
 def test_an_outage_never_exhausts_a_schedule() -> None:
     found = judge(ProviderUnavailableError("down", code="connect"), failures=99)
-    assert (found.status, found.holds_channel, found.is_exhausted) == (Status.RETRYING, True, False)
+    assert (found.status, found.holds_provider, found.is_exhausted) == (Status.RETRYING, True, False)
 
 
 def test_a_recalled_delivery_is_cancelled_with_the_orders_reason() -> None:

@@ -1,0 +1,172 @@
+"""The providers of a worker: who is called next, how many calls run, and how fast.
+
+One gateway a channel, shared by all shards of the worker: outages, errors and pace are the provider's, whoever meets them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from agents.failover import Choice, Ended, Provider, Wait, choose, shares
+from agents.pacing import Pace
+from channels.base import Channel
+from channels.config import ProviderConfig
+from streams.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Line:
+    """A provider with what limits its calls. `per_day`: of the whole quota, before it is divided; None: no limit."""
+
+    channel: Channel
+    provider: Provider
+    free: int
+    pace: Pace
+    per_day: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call that was granted, to be given back with how it ended. `reason`: why this provider, for the trail."""
+
+    line: Line
+    reason: str | None
+    began_at: float
+    route: str | None
+    is_probe: bool
+
+
+@dataclass(slots=True)
+class Gateway:
+    """A channel's providers. `lines` in the order of the configuration; never empty."""
+
+    name: str
+    lines: Sequence[Line]
+    metrics: Metrics
+    wakes: set[asyncio.Event] = field(default_factory=set)
+    _by_name: Mapping[str, Line] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._by_name = {line.channel.provider: line for line in self.lines}
+
+    @property
+    def has_routes(self) -> bool:
+        """Say whether one delivery can be stuck while the next one is not: some provider carries some routes only."""
+        return any(line.provider.routes is not None for line in self.lines)
+
+    @property
+    def first(self) -> Channel:
+        """The first provider: what is the same for all of a channel is asked of it."""
+        return self.lines[0].channel
+
+    def channel(self, provider: str) -> Channel:
+        """Return a provider by its name; the first one for a name that is none any more."""
+        line = self._by_name.get(provider)
+        return self.first if line is None else line.channel
+
+    def take(
+        self, *, route: str | None, draw: str, avoid: set[str], spendable_at: Callable[[Line], float], wake: asyncio.Event
+    ) -> Call | Wait | None:
+        """Grant a call, or say until when nobody can be called, and set `wake` when a call ends. None: nobody carries `route`.
+
+        `spendable_at`: when the caller's part of a provider's daily quota lets it be called, by a monotonic clock.
+        """
+        now = time.monotonic()
+
+        def ready_at(provider: Provider) -> float:
+            line = self._by_name[provider.name]
+            return max(line.pace.ready_at(now), spendable_at(line)) if line.free else math.inf
+
+        found = choose([line.provider for line in self.lines], route=route, draw=draw, avoid=avoid, now=now, ready_at=ready_at)
+        if not isinstance(found, Choice):
+            self.wakes.add(wake)
+            return found
+        line = self._by_name[found.provider.name]
+        line.free -= 1
+        line.pace.take(now)
+        self.metrics.attempts_open.labels(found.provider.name).inc()
+        return Call(line, found.reason, now, route, line.provider.circuit.begin())
+
+    def others(self, route: str | None, tried: set[str]) -> bool:
+        """Say whether a provider that is not out and none of `tried` carries `route`."""
+        return any(
+            line.provider.carries(route) and line.provider.name not in tried and not line.provider.circuit.is_open for line in self.lines
+        )
+
+    def back_in(self, route: str | None) -> float:
+        """Return in how many seconds the first provider that carries `route` may be called again, as far as is known."""
+        now = time.monotonic()
+        times = [line.provider.circuit.opens_at(now) for line in self.lines if line.provider.carries(route)]
+        return max(0.0, min((at for at in times if at < math.inf), default=now) - now)
+
+    def give_back(self, call: Call, ended: Ended | None, *, asked_seconds: float = 0.0, reason: str = "") -> None:
+        """Note how a call ended. None: it was cancelled, or says nothing about its provider."""
+        now = time.monotonic()
+        provider = call.line.provider
+        call.line.free += 1
+        self.metrics.attempts_open.labels(provider.name).dec()
+        was_open = provider.circuit.is_open
+        provider.record(
+            now,
+            ended,
+            route=call.route,
+            seconds=now - call.began_at,
+            was_probe=call.is_probe,
+            asked_seconds=asked_seconds,
+            reason=reason,
+        )
+        if provider.circuit.is_open != was_open:
+            word = "held" if provider.circuit.is_open else "resumed"
+            log.warning("provider.%s channel=%s provider=%s reason=%s", word, self.name, provider.name, provider.circuit.reason)
+        for wake in self.wakes:
+            wake.set()
+        self.wakes.clear()
+
+    def is_held(self) -> bool:
+        """Say whether no provider is well."""
+        return all(line.provider.circuit.is_open for line in self.lines)
+
+    def own(self, part: float) -> None:
+        """Own `part` of all partitions, from 0 to 1: the worker's part of each quota."""
+        now = time.monotonic()
+        for line in self.lines:
+            line.pace.own(part, now)
+
+    def show(self) -> None:
+        """Bring the gauges up to date."""
+        now = time.monotonic()
+        for line, share in zip(self.lines, shares([line.provider for line in self.lines], None, now), strict=True):
+            is_open = line.provider.circuit.is_open
+            self.metrics.provider_out.labels(self.name, line.provider.name).set(is_open)
+            self.metrics.provider_share.labels(self.name, line.provider.name).set(0 if is_open else share)
+
+
+def gateways_of(
+    channels: Mapping[str, Sequence[Channel]],
+    configs: Mapping[str, ProviderConfig],
+    *,
+    max_open: int,
+    lane_share: float,
+    metrics: Metrics,
+) -> dict[str, Gateway]:
+    """Return a gateway for each channel. `configs`: by provider name, where there is one; `lane_share`: of each quota."""
+
+    def line(channel: Channel) -> Line:
+        config = configs.get(channel.provider)
+        per_second = config.per_second if config is not None else None
+        return Line(
+            channel=channel,
+            provider=Provider(channel.provider, config.weight if config is not None else 1.0, channel.routes),
+            free=min(channel.max_open, (config.max_open if config is not None else None) or max_open),
+            pace=Pace(None if per_second is None else per_second * lane_share),
+            per_day=config.per_day if config is not None else None,
+        )
+
+    return {name: Gateway(name, [line(channel) for channel in each], metrics) for name, each in channels.items()}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import pytest
 from confluent_kafka import Producer
 
+from agents.sender import Attempt, AttemptState
 from schemas import topics
 from schemas.ids import notification_id
 from schemas.messages import DecisionRecord, Delivery, DeliveryReport, NotificationRequested, StatusChange
@@ -101,22 +103,24 @@ def has(made: System, delivery: Delivery, status: str) -> bool:
     return any(change.status == status for change in changes(made, delivery))
 
 
-def test_a_report_on_an_attempt_of_unknown_end_counts_for_the_one_that_repeats_it(running: System) -> None:
-    unknown = a_delivery("unknown", "unknown", address="drop-stored@example.com")
+def test_a_report_on_an_attempt_of_unknown_end_settles_it_and_it_is_not_sent_again(running: System) -> None:
+    unknown = a_delivery("unknown", "unknown", address="drop-stored@example.com", category="messages")
     deliver(running, unknown)
-    wait_for(partial(has, running, unknown, "unknown"), seconds=40, what="an attempt of unknown end")
+    sender = running.workers["sender-normal-a"]
+    wait_for(lambda: sender.metric("notify_unknown_deliveries", channel="email") == 1, seconds=40, what="an attempt of unknown end shown")
+    assert has(running, unknown, "unknown")
     report(running, unknown)
-    # the mail was stored at each attempt: with one Message-ID it is one message
-    wait_for(
-        lambda: sum(change.status == "delivered" for change in changes(running, unknown)) >= 2,
-        seconds=60,
-        what="it delivered, and still so after the next attempt",
-    )
-    found = [change for change in changes(running, unknown) if change.status in {"unknown", "delivered"}]
-    newest = max(change.attempt for change in found)
-    assert current(running, unknown).attempt >= newest
-    obey(running, "recall", "--notification", unknown.notification_id, "--reason", "the test is over")
-    await_status(running, unknown, "delivered")
+    wait_for(lambda: sender.metric("notify_settled_total", channel="email", status="delivered") == 1, seconds=60, what="it settled")
+    assert current(running, unknown).status == "delivered"
+    row = running.rows("sender-normal.send.attempts")[unknown.delivery_id.encode()]
+    assert Attempt.of(row).state is AttemptState.DONE
+    # what comes back of it begins nothing
+    begun = sum(change.status == "sending" for change in changes(running, unknown))
+    suppressed = sender.metric("notify_suppressed_total", channel="email")
+    publish(running, topics.deliver("email", "normal"), [replace(unknown, attempt=Attempt.of(row).number + 1)])
+    wait_for(lambda: sender.metric("notify_suppressed_total", channel="email") > suppressed, seconds=30, what="it suppressed")
+    assert sum(change.status == "sending" for change in changes(running, unknown)) == begun
+    wait_for(lambda: sender.metric("notify_unknown_deliveries", channel="email") == 0, seconds=30, what="nothing unknown any more")
 
 
 def test_a_report_that_nothing_was_sent_for_is_a_dead_letter_after_three_days(running: System) -> None:

@@ -3,6 +3,7 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
@@ -35,8 +36,9 @@ $(STAMP): requirements.txt
 run: setup ## run the whole system here and play sample payments; Ctrl-C stops it (ARGS=--once: stop when they are delivered)
 	@exec "$(BIN)/notify" up --data-dir data $(ARGS)
 
+# each of JOBS processes has servers of its own, a file's tests share theirs; -n0 in ARGS: one process, as -s needs it
 test: setup ## run every test, with the real servers they start themselves (ARGS='-k trail' for some)
-	@"$(BIN)/python" -m pytest -m "not soak" $(ARGS)
+	@"$(BIN)/python" -m pytest -m "not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup ## run unit and contract tests only: seconds
 	@"$(BIN)/python" -m pytest -m "not soak" tests/unit tests/contract $(ARGS)

@@ -14,6 +14,7 @@ import pytest
 from streams.embedded.stack import Ports, Stack, start_stack
 
 STOP_DEADLINE_SECONDS = 30
+BROKER_DEADLINE_SECONDS = 180
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     try:
         starting = start_stack(tmp_path_factory.mktemp("stack"), ports=Ports.free())
         running = asyncio.run_coroutine_threadsafe(starting, loop).result()
+        # a killed broker that is slow to come back on a busy machine must not take every later test with it
+        running.broker.ready_deadline_seconds = BROKER_DEADLINE_SECONDS
         try:
             yield running
         finally:

@@ -38,6 +38,7 @@ TAIL_LINES: Final = 20
 TAIL_BYTES: Final = 4096
 SEARCHED_BYTES: Final = 2**18
 COMMAND_CHARACTERS: Final = 100
+_kept_ports: Final[dict[int, socket.socket]] = {}
 INHERITED_VARIABLES: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
 
 # Runs in the child and then becomes the command. Not `preexec_fn`: that runs Python between fork and exec, which can
@@ -173,6 +174,7 @@ def require_free_port(port: int, *, purpose: str) -> None:
 def choose_port(remembered: int = 0, *, taken: Iterable[int] = ()) -> int:
     """Return a free port that is not in `taken`: `remembered` when it still is free, otherwise any.
 
+    Any other is kept for this process, so that nobody who chooses by this function gets it before its server listens.
     Never from the range the kernel gives to outgoing connections: while a server is down, a client that retries there
     can connect to itself, and then the server cannot come back on its port.
     """
@@ -180,9 +182,30 @@ def choose_port(remembered: int = 0, *, taken: Iterable[int] = ()) -> int:
     if remembered and remembered not in taken and is_port_free(remembered):
         return remembered
     for port in random.sample(range(20000, _first_outgoing_port()), k=2000):
-        if port not in taken and is_port_free(port):
+        if port not in taken and _keep_port(port):
             return port
     raise StackError("no free port between 20000 and 32767 on 127.0.0.1. Stop some of the processes that listen there.")
+
+
+def _keep_port(port: int) -> bool:
+    """Bind `port` without listening on it, until this process ends; say whether it was free.
+
+    Linux lets a server that sets SO_REUSEADDR, as all of ours do, listen on a port that is bound like this; a second
+    process that binds it as we do is refused. Other systems would refuse the server too: there nothing is kept.
+    """
+    if sys.platform != "linux":
+        return is_port_free(port)
+    holder = socket.socket()
+    try:
+        holder.bind((LOOPBACK, port))
+    except OSError as error:
+        holder.close()
+        if error.errno in {errno.EADDRINUSE, errno.EACCES}:
+            return False
+        raise
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _kept_ports[port] = holder
+    return True
 
 
 def _first_outgoing_port() -> int:

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from streams.transport.cluster import Cluster, leave
 from streams.transport.records import Fetched, Record, fetch
@@ -58,7 +58,8 @@ class Reader:
     ) -> None:
         self._most = most
         self.topic = topic
-        self._config = cluster.reading(group, fetch_wait_ms=_FETCH_WAIT_MS)
+        # a position that Kafka has no more must be heard of: "earliest" would go on after the gap as if nothing had been lost
+        self._config = cluster.reading(group, fetch_wait_ms=_FETCH_WAIT_MS) | {"auto.offset.reset": "error"}
         self._deliver = deliver
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -133,6 +134,9 @@ class Reader:
 
     def _sort(self, found: Fetched, epoch: int) -> list[Batch]:
         for (_, partition), error in found.errors:
+            if error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001 - confluent-kafka's public name for it
+                # the next start compares positions with what is left, counts the gap, and is not ready
+                leave(f"{self.topic} partition {partition}: what is next to be read is gone, by retention or deletion")
             if not error.retriable():
                 log.warning("reader.error topic=%s partition=%s error=%s", self.topic, partition, error)
         records: dict[int, list[Record]] = defaultdict(list)

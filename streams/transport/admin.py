@@ -17,8 +17,23 @@ from streams.transport.cluster import Cluster
 _CALL_SECONDS = 30.0
 _TRY_SECONDS = 3.0
 _PAUSE_SECONDS = 0.1
-# what a change of leaders, or a broker that just went, ends a call with
-_PASSING = frozenset({KafkaError._TIMED_OUT, KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN})  # noqa: SLF001 - public, for all their underscores
+# what a new topic, a change of leaders, or a broker that just went or came, ends a call with. Of these answers librdkafka's
+# `retriable` says no
+PASSING = frozenset(
+    {
+        KafkaError._TIMED_OUT,  # noqa: SLF001 - public, for all their underscores
+        KafkaError._TRANSPORT,  # noqa: SLF001
+        KafkaError._ALL_BROKERS_DOWN,  # noqa: SLF001
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.OFFSET_NOT_AVAILABLE,
+        KafkaError.REQUEST_TIMED_OUT,
+        KafkaError.BROKER_NOT_AVAILABLE,
+        KafkaError.KAFKA_STORAGE_ERROR,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +72,7 @@ def offset_bounds(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[t
             return _offset_bounds(cluster, places)
         except KafkaException as error:
             cause: KafkaError = error.args[0]
-            if not (cause.retriable() or cause.code() in _PASSING) or time.monotonic() > deadline:
+            if not (cause.retriable() or cause.code() in PASSING) or time.monotonic() > deadline:
                 raise
             time.sleep(_PAUSE_SECONDS)
 

@@ -31,8 +31,8 @@ def records(run: str, count: int) -> list[tuple[bytes, bytes]]:
 
 def delete_all_but_the_newest(made: System) -> None:
     """Delete the older records of the input, as retention does."""
-    places = [TopicPartition(made.topic(INPUT), number) for number in range(made.partitions)]
-    ends = {place: found.result().offset for place, found in made.admin.list_offsets(dict.fromkeys(places, OffsetSpec.latest())).items()}  # type: ignore[no-untyped-call]  # upstream has no types here
+    newest = {TopicPartition(made.topic(INPUT), number): OffsetSpec.latest() for number in range(made.partitions)}  # type: ignore[no-untyped-call]  # upstream has no types here
+    ends = {place: found.result().offset for place, found in made.admin.list_offsets(newest).items()}
     wanted = [TopicPartition(place.topic, place.partition, end - KEPT) for place, end in ends.items()]
     for deleted in made.admin.delete_records(wanted).values():
         deleted.result()

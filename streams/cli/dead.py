@@ -19,6 +19,7 @@ from streams.cli.letters import (
     DeadLetter,
     ErrorOption,
     IdOption,
+    ProviderOption,
     RoleOption,
     SinceOption,
     TopicOption,
@@ -59,13 +60,14 @@ def list_(  # noqa: PLR0913 - one parameter an option
     error: ErrorOption = None,
     role: RoleOption = None,
     topic: TopicOption = None,
+    provider: ProviderOption = None,
     since: SinceOption = None,
     until: UntilOption = None,
     ids: IdOption = None,
     as_json: console.JsonOption = False,
 ) -> None:
     """List the newest dead letters, and which of them were put back. With --json one line each."""
-    wanted = filter_of(error=error, role=role, topic=topic, since=since, until=until, ids=ids)
+    wanted = filter_of(error=error, role=role, topic=topic, provider=provider, since=since, until=until, ids=ids)
     settings, _ = load_settings(os.environ, needs=NEEDS)
     wanted = in_environment(wanted, settings)
     found, total = find(settings, wanted, limit=limit)

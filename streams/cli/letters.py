@@ -24,6 +24,7 @@ Place = tuple[int, int]  # partition and offset in `dead`
 ErrorOption = Annotated[str | None, typer.Option(help="Only this reason, such as undecodable or unroutable.")]
 RoleOption = Annotated[str | None, typer.Option(help="Only what this role set aside, such as ingest.")]
 TopicOption = Annotated[str | None, typer.Option(help="Only what was read from this topic, such as payments or requests.normal.")]
+ProviderOption = Annotated[str | None, typer.Option(help="Only deliveries that ended at this provider, as the configuration names it.")]
 SinceOption = Annotated[str | None, typer.Option(metavar="TIME", help="Only what was set aside since: 90s, 15m, 12h, 7d ago, or a time.")]
 UntilOption = Annotated[str | None, typer.Option(metavar="TIME", help="Only what was set aside until then, as --since.")]
 IdOption = Annotated[
@@ -88,6 +89,7 @@ class Filter:
     role: str | None = None
     error: str | None = None
     topic: str | None = None
+    provider: str | None = None
     since: datetime | None = None
     until: datetime | None = None
     places: frozenset[Place] = frozenset()
@@ -99,7 +101,7 @@ class Filter:
 
     def admits(self, letter: DeadLetter) -> bool:
         """Say whether a dead letter is meant."""
-        wanted = (("role", self.role), ("error", self.error), ("topic", self.topic))
+        wanted = (("role", self.role), ("error", self.error), ("topic", self.topic), ("provider", self.provider))
         return (
             all(value is None or letter.headers.get(name) == value for name, value in wanted)
             and (self.since is None or letter.at >= self.since)
@@ -192,7 +194,14 @@ def find_one(settings: Settings, place: Place) -> DeadLetter:
 
 
 def filter_of(  # noqa: PLR0913 - one parameter an option
-    *, error: str | None, role: str | None, topic: str | None, since: str | None, until: str | None, ids: list[str] | None
+    *,
+    error: str | None,
+    role: str | None,
+    topic: str | None,
+    provider: str | None,
+    since: str | None,
+    until: str | None,
+    ids: list[str] | None,
 ) -> Filter:
     """Return the filter that a command's options describe. Raises BadParameter."""
     now = datetime.now(UTC)
@@ -200,6 +209,7 @@ def filter_of(  # noqa: PLR0913 - one parameter an option
         error=error,
         role=role,
         topic=topic,
+        provider=provider,
         since=None if since is None else moment_of(since, "--since", now=now),
         until=None if until is None else moment_of(until, "--until", now=now),
         places=frozenset(place_of(text, "--id") for text in ids or ()),

@@ -25,6 +25,7 @@ from streams.cli.letters import (
     Filter,
     IdOption,
     Place,
+    ProviderOption,
     RoleOption,
     SinceOption,
     Stretch,
@@ -56,6 +57,7 @@ def redrive(  # noqa: PLR0913 - one parameter an option
     error: ErrorOption = None,
     role: RoleOption = None,
     topic: TopicOption = None,
+    provider: ProviderOption = None,
     since: SinceOption = None,
     until: UntilOption = None,
     ids: IdOption = None,
@@ -72,7 +74,7 @@ def redrive(  # noqa: PLR0913 - one parameter an option
     What was put back before is skipped, also by a run that was killed, so the command may always be run again. The exit code is 1
     when something was refused. With --json one line each.
     """
-    wanted = filter_of(error=error, role=role, topic=topic, since=since, until=until, ids=ids)
+    wanted = filter_of(error=error, role=role, topic=topic, provider=provider, since=since, until=until, ids=ids)
     extend_seconds = None if extend is None else seconds_of(extend, "--extend")
     settings, _ = load_settings(os.environ, needs=NEEDS)
     wanted = in_environment(wanted, settings)

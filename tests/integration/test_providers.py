@@ -1,0 +1,63 @@
+"""Several providers of one channel, with real workers on a real broker: who is called, how fast, and what an outage costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from schemas import topics
+from schemas.messages import Delivery
+from schemas.status import Status
+from schemas.topics import Channel, Lane
+from streams.embedded.processes import choose_port
+from streams.embedded.stack import Stack
+from tests.deliveries import a_delivery, changes, give_keys, publish
+from tests.harness import System, system, wait_for
+
+MAILS = 200
+
+
+@pytest.fixture(scope="module")
+def running(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    nobody = f"smtp://127.0.0.1:{choose_port()}?name=away&weight=3"
+    variables = {"NOTIFY_SMTP_URL": "", "NOTIFY_PROVIDERS": f"{nobody} {stack.mail_smtp}?name=near"}
+    with system(stack, tmp_path_factory.mktemp("providers"), variables=variables) as made:
+        made.start("sender-normal")
+        made.await_ready(seconds=120)
+        yield made
+
+
+def deliver(made: System, found: list[Delivery]) -> None:
+    give_keys(made, {each.user_id for each in found})
+    for channel in Channel:
+        publish(made, topics.deliver(channel, Lane.NORMAL), [each for each in found if each.channel == channel])
+
+
+def test_with_one_provider_away_the_other_carries_all_at_once_and_the_trail_says_why(running: System) -> None:
+    sent = [a_delivery(f"over-{n}", f"over-{n}") for n in range(MAILS)]
+    deliver(running, sent)
+    wait_for(lambda: Counter(change.status for change in changes(running, *sent))[Status.SENT] == MAILS, seconds=60, what="every mail sent")
+    found = changes(running, *sent)
+    assert {change.provider for change in found if change.status == Status.SENT} == {"near"}
+    begun = [change for change in found if change.status == Status.SENDING and change.provider == "near"]
+    assert any("away out: connect" in (change.reason or "") for change in begun)
+    # neither time nor attempts of its schedule went into the provider that is away
+    retried = [change for change in found if change.status == Status.RETRYING]
+    assert {change.provider for change in retried} == {"away"}
+    sender = running.workers["sender-normal-a"]
+    wait_for(lambda: sender.metric("notify_provider_out", channel="email", provider="away") == 1, seconds=20, what="the gauge")
+    assert sender.metric("notify_provider_out", channel="email", provider="near") == 0
+
+
+def test_what_no_provider_is_there_for_fails_visibly_and_can_be_redriven(running: System) -> None:
+    text = a_delivery("no-sms", "no-sms", address="+4915223433333", channel=Channel.SMS)
+    deliver(running, [text])
+    wait_for(lambda: any(c.status == Status.FAILED for c in changes(running, text)), seconds=30, what="it failed")
+    (failed,) = [change for change in changes(running, text) if change.status == Status.FAILED]
+    assert failed.reason == "no_provider"
+    listed = running.notify("dlq", "list", "--provider", "none", "--json")
+    assert text.user_id not in listed.stderr
+    assert '"error": "attempts_exhausted"' in listed.stdout.replace('":"', '": "')
+    assert running.notify("dlq", "list", "--provider", "near", "--json").stdout.strip() in {"", "[]"}

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.failover import Choice, Ended, Provider, Wait, backoff_seconds, choose, shares
@@ -199,10 +200,11 @@ def test_a_circuit_never_locks_for_good(calls: list[tuple[Ended | None, float, f
 # pace
 
 
+@settings(deadline=None)  # what it counts takes longer on a busy machine
 @given(
     st.floats(2, 500),
     st.lists(st.floats(0.05, 1), min_size=1, max_size=4),
-    st.lists(st.floats(0, 0.3), max_size=300),
+    st.lists(st.floats(0, 0.3), max_size=100),
 )
 def test_workers_together_never_call_more_often_than_the_quota_says(quota: float, parts: list[float], pauses: list[float]) -> None:
     paces = [Pace(quota) for _ in parts]
@@ -218,7 +220,7 @@ def test_workers_together_never_call_more_often_than_the_quota_says(quota: float
             pace.take(now)
             calls.append(now)
     calls.sort()
-    most = max((sum(1 for other in calls if at <= other < at + 1) for at in calls), default=0)
+    most = max((bisect_left(calls, at + 1) - first for first, at in enumerate(calls)), default=0)
     # a worker whose part is less than one call a second has one in some seconds
     assert most <= max(quota, sum(max(1.0, quota * part / sum(parts)) for part in parts))
 

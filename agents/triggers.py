@@ -47,6 +47,11 @@ class Rule:
 
 
 _BOTH = (Channel.IN_APP, Channel.EMAIL)
+_WITH_PUSH = (*_BOTH, Channel.PUSH)
+_ALL = (*_WITH_PUSH, Channel.SMS)
+# a text message costs money and interrupts: only who asked for it gets it, except to get back into an account
+_USUAL = frozenset(_WITH_PUSH)
+_SECURITY = _USUAL | {Channel.SMS}
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
@@ -59,18 +64,18 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 type="payment",
                 lane=Lane.NORMAL,
                 channels=_BOTH,
-                defaults=frozenset(_BOTH),
+                defaults=_USUAL,
                 template="payment_confirmed",
                 max_age_seconds=3 * _DAY_SECONDS,
             ),
             Rule(
                 name="payment_failed",
-                version="1",
+                version="2",
                 category="payments",
                 type="payment",
                 lane=Lane.CRITICAL,  # the user has to act, and soon
-                channels=_BOTH,
-                defaults=frozenset(_BOTH),
+                channels=_ALL,
+                defaults=_USUAL,
                 template="payment_failed",
                 max_age_seconds=3 * _DAY_SECONDS,
             ),
@@ -81,19 +86,19 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 type="payment",
                 lane=Lane.NORMAL,
                 channels=(Channel.IN_APP,),  # nothing to do yet: not worth a mail
-                defaults=frozenset(_BOTH),
+                defaults=_USUAL,
                 template="payment_pending",
                 max_age_seconds=6 * _HOUR_SECONDS,  # what comes of it is the news
             ),
             # to the staff who watch the warehouse
             Rule(
                 name="out_of_stock",
-                version="1",
+                version="2",
                 category="inventory",
                 type="inventory",
                 lane=Lane.CRITICAL,
-                channels=_BOTH,
-                defaults=frozenset(_BOTH),
+                channels=_ALL,
+                defaults=_USUAL,
                 template="out_of_stock",
                 max_age_seconds=_DAY_SECONDS,
             ),
@@ -104,53 +109,53 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 type="inventory",
                 lane=Lane.NORMAL,
                 channels=_BOTH,
-                defaults=frozenset(_BOTH),
+                defaults=_USUAL,
                 template="low_stock",
                 max_age_seconds=_DAY_SECONDS,
             ),
             # to the users who watch the product
             Rule(
                 name="back_in_stock",
-                version="1",
+                version="2",
                 category="watches",
                 type="product",
                 lane=Lane.BULK,
-                channels=_BOTH,
-                defaults=frozenset(_BOTH),
+                channels=_WITH_PUSH,
+                defaults=_USUAL,
                 template="back_in_stock",
                 max_age_seconds=2 * _DAY_SECONDS,
             ),
             Rule(
                 name="password_reset",
-                version="1",
+                version="2",
                 category="security",
                 type="account",
                 lane=Lane.CRITICAL,  # the user sits and waits for it
-                channels=(Channel.EMAIL,),  # who cannot sign in has no inbox
-                defaults=frozenset(_BOTH),
+                channels=(Channel.EMAIL, Channel.SMS),  # who cannot sign in has no inbox
+                defaults=_SECURITY,
                 template="password_reset",
                 max_age_seconds=15 * _MINUTE_SECONDS,
             ),
             Rule(
                 name="new_sign_in",
-                version="1",
+                version="2",
                 category="security",
                 type="account",
                 lane=Lane.NORMAL,
-                channels=_BOTH,
-                defaults=frozenset(_BOTH),
+                channels=_WITH_PUSH,
+                defaults=_SECURITY,
                 template="new_sign_in",
                 max_age_seconds=_DAY_SECONDS,
             ),
             # from another service or from support: data holds `title` and `message`
             Rule(
                 name="message",
-                version="1",
+                version="2",
                 category="messages",
                 type="message",
                 lane=Lane.NORMAL,
-                channels=_BOTH,
-                defaults=frozenset(_BOTH),
+                channels=_ALL,
+                defaults=_USUAL,
                 template="message",
                 max_age_seconds=3 * _DAY_SECONDS,
             ),

@@ -1,9 +1,10 @@
 """Templates to content: read and compiled once, sandboxed, strict about what is missing.
 
 `<template>/<channel>.<part>.j2` is one part, such as `payment_failed/email.subject.j2`; folders whose names begin with an
-underscore hold what templates extend. Only parts named html are escaped. Data are data: they are never compiled, control
-characters and characters that reorder text (Unicode UAX 9: U+202A to E, U+2066 to 9) are taken out of them, and they
-cannot replace what a template or the deployment sets.
+underscore hold what templates extend. Only parts named html are escaped. Pushes and text messages are cut to what telephones
+take: the whole stands in the app. Data are data: they are never compiled, control characters and characters that reorder
+text (Unicode UAX 9: U+202A to E, U+2066 to 9) are taken out of them, and they cannot replace what a template or the
+deployment sets.
 """
 
 from __future__ import annotations
@@ -24,8 +25,29 @@ FOLDER = Path(__file__).parent
 MAX_PART_BYTES = 100 * 1024
 MAX_LINE_CHARACTERS = 250  # of a subject or title: RFC 5322 allows 998 bytes a line
 
-# parts that are one line: mail headers, and headings in the app
+# parts that are one line: mail headers, and headings in the app and of a push
 _LINES = frozenset({"subject", "title"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How long a part may be: `size` bytes in `encoding`, which has at most 4 a character. What is longer ends in `end`."""
+
+    size: int
+    encoding: str
+    end: str
+
+
+_LINE = _Cut(4 * MAX_LINE_CHARACTERS, "utf-32-le", "…")
+# A push has 4,096 bytes in all (FCM, APNs; Web Push has 3,993 before it is encrypted, RFC 8291), JSON's escapes and what
+# the channel adds included: were each character here a quotation mark, title and message would take 3,200 of them. A text
+# message is at most six parts: of 67 units of 2 bytes in UCS-2, of which one is lost where a pair of surrogates would be
+# split. What is all GSM-7 takes less, and so the dots are three: the ellipsis is not GSM-7.
+_CUTS: Mapping[tuple[str, str], _Cut] = {
+    ("push", "title"): _Cut(100, "utf-8", "…"),
+    ("push", "message"): _Cut(1_500, "utf-8", "…"),
+    ("sms", "text"): _Cut(6 * 66 * 2, "utf-16-le", "..."),
+}
 
 _LINE_BREAK = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 _UNWANTED = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -121,7 +143,8 @@ class Templates:
     def render(self, template: str, channel: str, data: Mapping[str, str]) -> dict[str, str]:
         """Return the parts of `template` for `channel`, such as title and message, filled with `data`.
 
-        Subjects and titles are one line. `data` may hold the recipient's `name`, which mails greet him by.
+        Subjects and titles are one line. `data` may hold the recipient's `name`, which mails greet him by. A push and a
+        text message are cut, with an ellipsis, to what telephones take.
         Raises TemplateError, which names template and part, when a placeholder is not
         in `data` (it names that too), or when a part is larger than 100 KiB.
         """
@@ -130,22 +153,34 @@ class Templates:
             raise TemplateError(f"{template}: there is no template for channel {channel}")
         # what is fixed comes last: data that brings a help_url must not lead readers astray
         values = _OPTIONAL | {name: cleaned(value) for name, value in data.items()} | self._fixed
-        return {part: _rendered(f"{template}/{channel}.{part}", part, compiled, values) for part, compiled in parts}
+        return {part: _rendered(template, channel, part, compiled, values) for part, compiled in parts}
 
 
-def _rendered(name: str, part: str, compiled: jinja2.Template, values: dict[str, Any]) -> str:
+def _rendered(template: str, channel: str, part: str, compiled: jinja2.Template, values: dict[str, Any]) -> str:
     try:
         # what Template.render does, less its copy of the data and its rewriting of tracebacks
         text = "".join(compiled.root_render_func(compiled.new_context(values, shared=True)))
     except jinja2.TemplateError as error:
-        raise TemplateError(f"{name}: {error.message}") from error
+        raise TemplateError(f"{template}/{channel}.{part}: {error.message}") from error
     if part in _LINES:
-        text = _SPACE.sub(" ", text).strip()
-        return text if len(text) <= MAX_LINE_CHARACTERS else f"{text[: MAX_LINE_CHARACTERS - 1]}…"
+        text = _SPACE.sub(" ", text)
+    cut = _CUTS.get((channel, part)) or (_LINE if part in _LINES else None)
+    if cut is not None:
+        return _shortened(text.strip(), cut)
     # no character has more than 4 bytes
     if len(text) > MAX_PART_BYTES // 4 and len(text.encode()) > MAX_PART_BYTES:
-        raise TemplateError(f"{name}: is larger than {MAX_PART_BYTES} bytes")
+        raise TemplateError(f"{template}/{channel}.{part}: is larger than {MAX_PART_BYTES} bytes")
     return text
+
+
+def _shortened(text: str, cut: _Cut) -> str:
+    if 4 * len(text) <= cut.size:
+        return text
+    raw = text.encode(cut.encoding)
+    if len(raw) <= cut.size:
+        return text
+    kept = raw[: cut.size - len(cut.end.encode(cut.encoding))]
+    return kept.decode(cut.encoding, "ignore").rstrip() + cut.end  # half a character at the end is ignored
 
 
 def _version(template: str, sources: Mapping[str, str]) -> str:

@@ -296,7 +296,7 @@ def test_a_password_reset_reaches_the_mailbox_by_the_critical_lane(running: Syst
     found = notification_id(producer="user-actions", event_id="act-1", rule="password_reset", user_id="locked-out")
     wait_for(lambda: running.mails()[f"{found}-email"] == 1, seconds=30, what="the mail")
     (record,) = decisions(running, found)
-    assert (record.lane, record.outcome, [choice.channel for choice in record.channels]) == ("critical", "notified", ["email"])
+    assert (record.lane, record.outcome, [choice.channel for choice in record.channels]) == ("critical", "notified", ["email", "sms"])
     title = wait_for(lambda: running.web(f"/notifications/{found}", user="locked-out")[1], seconds=20, what="the page")
     assert "481" not in json.dumps(title)
 

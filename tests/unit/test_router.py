@@ -120,7 +120,7 @@ def test_a_request_becomes_a_delivery_a_channel_with_sealed_content_and_a_decisi
     found = desk.ask(request())
     (record,) = of(found, DecisionRecord)
     assert (record.outcome, record.preference_version, record.accepted_at) == ("notified", 1, NOW)
-    assert {choice.channel: choice.is_chosen for choice in record.channels} == {"in_app": True, "email": True}
+    assert {choice.channel: choice.is_chosen for choice in record.channels} == {"in_app": True, "email": True, "push": False, "sms": False}
     deliveries = {delivery.channel: delivery for delivery in of(found, Delivery)}
     opened = unseal(desk.key(), deliveries["email"].sealed, user_id=USER, purpose="content")
     content = unpack(opened, Content)
@@ -129,7 +129,12 @@ def test_a_request_becomes_a_delivery_a_channel_with_sealed_content_and_a_decisi
     headline = unpack(unseal(desk.key(), record.sealed, user_id=USER, purpose="headline"), Headline)
     assert headline == Headline(title="Hello", message="World")
     assert b"a@example.com" not in CODEC.encode(desk.stored())
-    assert [(change.channel, change.status) for change in of(found, StatusChange)] == [("in_app", "queued"), ("email", "queued")]
+    assert [(change.channel, change.status, change.reason) for change in of(found, StatusChange)] == [
+        ("in_app", "queued", None),
+        ("email", "queued", None),
+        ("push", "skipped", "no_address"),
+        ("sms", "skipped", "off by default"),
+    ]
 
 
 def test_deciding_again_decides_the_same() -> None:
@@ -144,6 +149,24 @@ def test_without_an_address_the_other_channels_are_still_used() -> None:
     assert [(change.channel, change.status, change.reason) for change in of(found, StatusChange)] == [
         ("in_app", "queued", None),
         ("email", "skipped", "no_address"),
+        ("push", "skipped", "no_address"),
+        ("sms", "skipped", "off by default"),
+    ]
+
+
+def test_a_text_message_is_sent_to_who_asks_for_it_and_with_a_code_to_who_has_a_number() -> None:
+    desk = Desk()
+    desk.reach(phone="+12025550143")
+    code = {"code": "481 205", "expiresInMinutes": "15", "requestedFrom": "", "occurredAt": "now"}
+    (reset,) = of(desk.ask(request("reset", rule="password_reset", data=code)), Delivery)
+    assert "sms" not in {delivery.channel for delivery in of(desk.ask(request("before")), Delivery)}
+    desk.command(categories={"messages": {"sms": True}})
+    (asked_for,) = [delivery for delivery in of(desk.ask(request("after")), Delivery) if delivery.channel == "sms"]
+    contents = [unpack(unseal(desk.key(), delivery.sealed, user_id=USER, purpose="content"), Content) for delivery in (reset, asked_for)]
+    assert [content.address for content in contents] == ["+12025550143"] * 2
+    assert [(content.text or "").split("\n")[0] for content in contents] == [
+        "FlowMart: 481205 is your code to reset your password. It works for 15 minutes.",
+        "FlowMart: Hello",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import unicodedata
@@ -30,7 +31,15 @@ LINKED = Templates(
         help_url="https://www.flowmart.example/help",
     )
 )
-PARTS = {Channel.EMAIL: {"subject", "text", "html"}, Channel.IN_APP: {"title", "message"}}
+PARTS = {
+    Channel.EMAIL: {"subject", "text", "html"},
+    Channel.SMS: {"text"},
+    Channel.PUSH: {"title", "message"},
+    Channel.IN_APP: {"title", "message"},
+}
+# 3GPP TS 23.038: the default alphabet, and the characters that cost two of it
+GSM_7 = "@£$¥èéùìòÇ\nØø\rÅåΔ_ΦΓΛΩΠΨΣΘΞÆæßÉ !\"#¤%&'()*+,-./0123456789:;<=>?¡ABCDEFGHIJKLMNOPQRSTUVWXYZÄÖÑÜ§¿abcdefghijklmnopqrstuvwxyzäöñüà"
+GSM_7_EXTENSION = "\f^{}\\[~]|€"
 STOCK = {
     "productId": "prod_1129",
     "productName": "Wireless Bluetooth Headphones",
@@ -190,6 +199,60 @@ def test_the_code_of_a_password_reset_is_in_the_body_of_the_mail_and_nowhere_els
     assert "Enter this code" not in TEMPLATES.render("password_reset", "email", data | {"code": ""})["text"]
 
 
+# text messages and pushes
+
+
+@pytest.mark.parametrize(("rule", "data"), [(rule, data) for rule, channel, data in CASES if channel is Channel.SMS])
+def test_a_text_message_says_first_who_speaks_and_is_short_and_cheap(rule: str, data: dict[str, str]) -> None:
+    text = TEMPLATES.render(RULES[rule].template, "sms", data)["text"]
+    assert text.startswith("FlowMart: ")
+    assert not set(text) - set(GSM_7 + GSM_7_EXTENSION), "one character outside GSM-7 doubles what it costs"
+    assert sum(2 if char in GSM_7_EXTENSION else 1 for char in text) <= 2 * 153
+
+
+def test_a_code_stands_in_the_first_line_of_a_text_message_as_telephones_look_for_it() -> None:
+    data = DATA_OF["password_reset"]
+    text = TEMPLATES.render("password_reset", "sms", data)["text"]
+    assert text.split("\n") == [
+        "FlowMart: 481205 is your code to reset your password. It works for 15 minutes.",
+        "Not you? Ignore this text. Give the code to nobody: we never ask for it.",
+    ]
+    assert "AB 12-C is your code" in TEMPLATES.render("password_reset", "sms", data | {"code": "AB 12-C"})["text"]
+    assert "your code" not in TEMPLATES.render("password_reset", "sms", data | {"code": ""})["text"]
+
+
+def test_a_locked_screen_does_not_show_why_a_payment_failed() -> None:
+    assert TEMPLATES.render("payment_failed", "push", FAILED) == {
+        "title": "Payment failed",
+        "message": f"Your payment of $1,249.00 for order {FAILED['orderId']} did not go through. Try again, or pay another way.",
+    }
+
+
+@pytest.mark.parametrize("fill", ["x", "é", "漢", "😀", '"', "x \n"])
+def test_a_push_and_a_text_message_are_cut_to_what_telephones_take(fill: str) -> None:
+    data = {"title": fill * 3_000, "message": "m" + fill * 3_000}
+    push, text = TEMPLATES.render("message", "push", data), TEMPLATES.render("message", "sms", data)["text"]
+    # no push service takes more than 4,096 bytes; Web Push, which encrypts them, 3,993
+    assert len(json.dumps(push, ensure_ascii=False).encode()) < 3_300
+    assert [each[-1] for each in push.values()] == ["…", "…"]
+    assert len(push["message"].encode()) > 1_490
+    assert text.endswith("...")
+    units = len(text.encode("utf-16-le")) // 2
+    assert 6 * 66 - 3 <= units <= 6 * 66, "six parts of UCS-2, none of them full when a pair of surrogates must not be split"
+    assert "\ufffd" not in "".join((*push.values(), text))
+
+
+def test_what_just_fits_is_not_cut() -> None:
+    for channel, part, room in (("push", "title", 100), ("push", "message", 1_500), ("in_app", "title", 250), ("email", "subject", 250)):
+        for length in (room, room + 1):
+            found = TEMPLATES.render("message", channel, {"title": "x" * length, "message": "x" * length})[part]
+            assert (len(found.encode()) == room == found.count("x")) is (length == room)
+    fits = 6 * 66 - len("FlowMart: t\n")
+    for length in (fits, fits + 1):
+        text = TEMPLATES.render("message", "sms", {"title": "t", "message": "x" * length})["text"]
+        assert text.endswith("x") is (length == fits)
+
+
 def test_what_is_not_known_is_not_linked() -> None:
     assert _Balance(TEMPLATES.render("payment_failed", "email", FAILED)["html"]).addresses == []
     assert _Balance(LINKED.render("payment_failed", "email", FAILED)["html"]).addresses == [
@@ -223,7 +286,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-@pytest.mark.parametrize(("rule", "channel", "data"), CASES[:8] + CASES[-2:])
+@pytest.mark.parametrize(("rule", "channel", "data"), CASES)
 def test_data_are_never_templates_nor_tags(rule: str, channel: Channel, data: dict[str, str], text: str) -> None:
     hostile = dict.fromkeys(data, text) | {"name": text}
     parts = LINKED.render(RULES[rule].template, channel, hostile)

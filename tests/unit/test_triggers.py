@@ -42,20 +42,25 @@ def test_a_rule_is_found_by_its_name() -> None:
 def test_what_each_rule_says() -> None:
     assert {name: (rule.category, rule.type, rule.lane, rule.channels) for name, rule in RULES.items()} == {
         "payment_confirmed": ("payments", "payment", Lane.NORMAL, (Channel.IN_APP, Channel.EMAIL)),
-        "payment_failed": ("payments", "payment", Lane.CRITICAL, (Channel.IN_APP, Channel.EMAIL)),
+        "payment_failed": ("payments", "payment", Lane.CRITICAL, (Channel.IN_APP, Channel.EMAIL, Channel.PUSH, Channel.SMS)),
         "payment_pending": ("payments", "payment", Lane.NORMAL, (Channel.IN_APP,)),
-        "out_of_stock": ("inventory", "inventory", Lane.CRITICAL, (Channel.IN_APP, Channel.EMAIL)),
+        "out_of_stock": ("inventory", "inventory", Lane.CRITICAL, (Channel.IN_APP, Channel.EMAIL, Channel.PUSH, Channel.SMS)),
         "low_stock": ("inventory", "inventory", Lane.NORMAL, (Channel.IN_APP, Channel.EMAIL)),
-        "back_in_stock": ("watches", "product", Lane.BULK, (Channel.IN_APP, Channel.EMAIL)),
-        "password_reset": ("security", "account", Lane.CRITICAL, (Channel.EMAIL,)),
-        "new_sign_in": ("security", "account", Lane.NORMAL, (Channel.IN_APP, Channel.EMAIL)),
-        "message": ("messages", "message", Lane.NORMAL, (Channel.IN_APP, Channel.EMAIL)),
+        "back_in_stock": ("watches", "product", Lane.BULK, (Channel.IN_APP, Channel.EMAIL, Channel.PUSH)),
+        "password_reset": ("security", "account", Lane.CRITICAL, (Channel.EMAIL, Channel.SMS)),
+        "new_sign_in": ("security", "account", Lane.NORMAL, (Channel.IN_APP, Channel.EMAIL, Channel.PUSH)),
+        "message": ("messages", "message", Lane.NORMAL, (Channel.IN_APP, Channel.EMAIL, Channel.PUSH, Channel.SMS)),
     }
 
 
 def test_rules_of_one_category_have_the_same_defaults() -> None:
     for rule in RULES.values():
         assert {other.defaults for other in RULES.values() if other.category == rule.category} == {rule.defaults}
+
+
+def test_text_messages_are_for_who_asks_for_them_and_for_getting_back_into_an_account() -> None:
+    assert {rule.category for rule in RULES.values() if Channel.SMS in rule.defaults} == {"security"}
+    assert {name for name, rule in RULES.items() if set(rule.channels) & rule.defaults >= {Channel.SMS}} == {"password_reset"}
 
 
 def test_every_rule_reaches_somebody_who_chose_nothing_and_knows_old_news() -> None:

@@ -41,15 +41,22 @@ from streams.transport.records import Record, fetch
 
 ROOT = Path(__file__).parent.parent
 PARTITIONS = 4
+PRINTED_SECONDS = 2.0
 _counter = itertools.count(1)
 
 
 def wait_for(condition: Callable[[], Any], *, seconds: float, what: str) -> Any:
-    """Return the first true value of `condition`; fail after `seconds`, saying `what` did not happen."""
-    deadline = time.monotonic() + seconds
+    """Return the first true value of `condition`; fail after `seconds`, saying `what` did not happen.
+
+    Long waits are printed: of a test that fails later they tell where its time went.
+    """
+    began = time.monotonic()
+    deadline = began + seconds
     pause = threading.Event()
     while True:
         if found := condition():
+            if (waited := time.monotonic() - began) > PRINTED_SECONDS:
+                print(f"waited {waited:.1f} s for {what.partition(chr(10))[0]}")
             return found
         if time.monotonic() > deadline:
             raise AssertionError(f"after {seconds} s still not: {what}")

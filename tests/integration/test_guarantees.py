@@ -313,7 +313,7 @@ def test_5000_requests_survive_a_kill_of_every_role_and_of_the_broker(running: S
     asyncio.run(_restart_broker(stack))
 
     wanted = {identity("crash", i, users[i % 250]) for i in range(total)}
-    wait_for(lambda: len({m for m in running.mails() if m.removesuffix("-email") in wanted}) == total, seconds=150, what="5,000 mails")
+    wait_for(lambda: len({m for m in running.mails() if m.removesuffix("-email") in wanted}) == total, seconds=240, what="5,000 mails")
     mails = Counter({m: n for m, n in running.mails().items() if m.removesuffix("-email") in wanted})
     doubled = mails.total() - total
     wait_for(

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from agents.triggers import RULES
+from agents.triggers import RULES, Rule
 from schemas import topics
 from schemas.codec import pack
 from schemas.ids import NotificationId, digest, notification_id
@@ -78,8 +78,7 @@ def build_request(
     *, user_id: str, rule: str, data: dict[str, str], key: str | None, now: datetime
 ) -> tuple[NotificationRequested, NotificationId]:
     """Return the request and the id of the notification that it becomes. Raises CliError for a rule that does not exist."""
-    if rule not in RULES:
-        raise CliError(f"There is no rule {rule}. The rules are {', '.join(RULES)}.")
+    known_rule(rule)
     if not user_id.strip():
         raise CliError("--user is empty: say who is to be told.")
     # without a key every call is an event of its own: the moment is part of its identity
@@ -88,6 +87,14 @@ def build_request(
     )
     request = NotificationRequested(event_id=event_id, producer=PRODUCER, rule=rule, user_id=user_id, data=data, occurred_at=now)
     return request, notification_id(producer=PRODUCER, event_id=event_id, rule=rule, user_id=user_id)
+
+
+def known_rule(name: str) -> Rule:
+    """Return the rule of that name. Raises CliError, with the names that there are."""
+    try:
+        return RULES[name]
+    except KeyError:
+        raise CliError(f"There is no rule {name}. The rules are {', '.join(RULES)}.") from None
 
 
 def sealed_with(key: bytes, request: NotificationRequested) -> NotificationRequested:

@@ -16,6 +16,7 @@ from confluent_kafka import Message
 from rich.table import Table
 from rich.text import Text
 
+from agents.triggers import RULES
 from schemas import topics
 from schemas.codec import Codec, pack, unpack
 from schemas.errors import InvalidEventError
@@ -39,6 +40,7 @@ MAX_TEXT_CHARACTERS = 1_000
 ID_BYTES = 12
 _TEXTS = ("name", "email", "phone", "locale", "timeZone")
 _CHANNELS = frozenset(Channel)
+_DEVICES = frozenset({"fcm", "apns", "webpush"})
 _MAILBOX = re.compile(r"\S+@\S+")
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, and halves of surrogate pairs
 _KNOWN = frozenset({"userId", "devices", "categories", *_TEXTS})
@@ -269,8 +271,13 @@ def mask(contact: Contact) -> Contact:
         name=contact.name and f"{contact.name[:1]}•••",
         email=email,
         phone=contact.phone and f"•••{contact.phone[-2:]}",
-        devices=None if contact.devices is None else ["•••" for _ in contact.devices],
+        devices=None if contact.devices is None else [_mask_device(device) for device in contact.devices],
     )
+
+
+def _mask_device(device: str) -> str:
+    kind, colon, _ = device.partition(":")
+    return f"{kind}:•••" if colon and kind in _DEVICES else "•••"
 
 
 def find_preferences(settings: Settings, wire: Wire, user_id: str) -> UserPreferences | None:
@@ -430,14 +437,29 @@ def _print(preferences: UserPreferences, contact: Contact | None, *, is_erased: 
             table.add_row(label, console.cell(value or console.NOTHING))
         table.add_row("devices", console.cell(", ".join(contact.devices or []) or console.NOTHING))
     out.print(table)
-    if not preferences.categories:
-        out.print(Text("\nno choices: the defaults of each rule apply", style="dim"))
-        return
-    choices = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    choices.add_column("\ncategory")
-    for channel in Channel:
-        choices.add_column(f"\n{channel}")
-    marks = {True: Text("on", style="green"), False: Text("off", style="red"), None: Text("default", style="dim")}
-    for category, chosen in sorted(preferences.categories.items()):
-        choices.add_row(console.cell(category), *(marks[chosen.get(channel)] for channel in Channel))
-    out.print(choices)
+    out.print()
+    out.print(choices_table(preferences.categories))
+
+
+def choices_table(chosen: Mapping[str, Mapping[str, bool]]) -> Table:
+    """Return a table of what is on, by category and channel: as the user chose, or in brackets by default."""
+    rules = RULES.values()
+    used = {(rule.category, channel) for rule in rules for channel in rule.channels}
+    by_default = {(rule.category, channel) for rule in rules for channel in rule.defaults}
+    named = {channel for _, channel in used} | {channel for each in chosen.values() for channel in each}
+    channels = [channel for channel in Channel if channel in named]
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", caption="(in brackets: by default)", caption_justify="left")
+    for name in ("category", *channels):
+        table.add_column(name)
+    for category in sorted({rule.category for rule in rules} | chosen.keys()):
+        cells = [console.cell(category)]
+        for channel in channels:
+            wanted = chosen.get(category, {}).get(channel)
+            if wanted is not None:
+                cells.append(Text("on", style="green") if wanted else Text("off", style="red"))
+            elif (category, channel) in used:
+                cells.append(Text("(on)" if (category, channel) in by_default else "(off)", style="dim"))
+            else:
+                cells.append(Text(console.NOTHING, style="dim"))
+        table.add_row(*cells)
+    return table

@@ -32,7 +32,7 @@ from streams.cli.context import find_running, load_settings, remove_running, wri
 from streams.cli.dead import hexdump
 from streams.cli.errors import CliError
 from streams.cli.lines import Lines
-from streams.cli.preferences import Wish, mask, parse_choices, parse_wish
+from streams.cli.preferences import Wish, choices_table, mask, parse_choices, parse_wish
 from streams.cli.produce import event_key, find_public
 from streams.cli.send import build_request
 from streams.cli.trail import render_trail
@@ -422,7 +422,30 @@ def test_a_masked_contact_says_no_more_than_first_letters(contact: Contact) -> N
     assert masked.devices == ["•••"] * len(contact.devices or [])
 
 
+def test_a_masked_device_says_of_what_kind_it_is() -> None:
+    assert mask(Contact(devices=["fcm:secret", "apns:00ff", "webpush:{}", "other:secret", "fcm"])).devices == [
+        *("fcm:•••", "apns:•••", "webpush:•••", "•••", "•••")
+    ]
+
+
 # ---- what is shown
+
+
+def test_choices_show_what_is_on_in_each_category_and_whether_the_user_chose_it() -> None:
+    chosen = {"payments": {"email": False, "sms": True}, "watches": {"in_app": True}, "gone": {"push": True}}
+    lines = as_text(choices_table(chosen)).replace(console.NOTHING, "-").splitlines()
+    shown = [line.split() for line in lines]
+    assert shown[0] == ["category", "email", "sms", "push", "in_app"]
+    assert {line[0]: line[1:] for line in shown[1:-1]} == {
+        "gone": ["-", "-", "on", "-"],
+        "inventory": ["(on)", "(off)", "(on)", "(on)"],
+        "messages": ["(on)", "(off)", "(on)", "(on)"],
+        "payments": ["off", "on", "(on)", "(on)"],
+        "security": ["(on)", "(on)", "(on)", "(on)"],
+        "watches": ["(on)", "-", "(on)", "on"],
+    }
+    assert "in brackets: by default" in lines[-1]
+
 
 TRAIL: dict[str, Any] = {
     "notificationId": "0123456789abcdef0123456789abcdef",

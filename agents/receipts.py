@@ -3,15 +3,20 @@
 A sender publishes what the provider knows a delivery by together with the attempt's outcome. A report that comes before it
 waits. Two tables, both keyed by provider and reference, JSON with moments in milliseconds since 1970 UTC:
 
-`references`  [notification, delivery, user, channel, lane, generation, attempt, at, {status: [code, at]}, is unknown]: the
-              newest attempt that is known under the reference, and what was reported on it
-`waiting`     [[partition, offset, at, status, code, reported at, raw record in base64], …] in order of arrival
+`references`  [notification, delivery, user, channel, lane, generation, attempt, at, {status: [code, at]}, is unknown, scope
+              of its address, [why nothing more is sent there]]: the newest attempt that is known under the reference, and
+              what was reported on it; without the last ones that say nothing
+`waiting`     [[partition, offset, at, status, code, reported at, raw record in base64, why nothing more may be sent], …] in
+              order of arrival
+
+A report may say besides that nothing more may be sent to the address: a bounce for good, a complaint. It becomes a standing
+order on the topic `control`, once for each reason, so that an order that a person lifted does not come back by repetition.
 """
 
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -19,12 +24,12 @@ from typing import NamedTuple, Self
 
 import orjson
 
-from agents.ports import Effects, KnownSource, Output, Row, SetAside, Source, State
+from agents.ports import BY_KEY, Effects, KnownSource, Output, Row, SetAside, Source, State
 from schemas import topics
 from schemas.errors import InvalidEventError, UnknownReferenceError
 from schemas.ids import partition_of
-from schemas.messages import DeliveryReport, ProviderReference, StatusChange
-from schemas.status import Axis, Status
+from schemas.messages import ControlEntry, DeliveryReport, ProviderReference, StatusChange
+from schemas.status import Axis, Status, Suppression
 
 REFERENCES, WAITING = "references", "waiting"
 REPORTED = frozenset({Status.DELIVERED, Status.BOUNCED, Status.FAILED, Status.EXPIRED})
@@ -65,11 +70,13 @@ class Known:
     at_ms: int
     reports: Mapping[str, tuple[str | None, int]] = field(default_factory=dict)
     is_unknown: bool = False  # its sender waits for a report
+    scope: str | None = None  # of a suppression of its address
+    suppressed: tuple[str, ...] = ()  # why it was suppressed by reports on this delivery
 
     @classmethod
     def decode(cls, row: bytes) -> Self:
         """Return the row in its bytes."""
-        # rows of before senders waited for reports have no last field
+        # rows of before senders waited for reports, and of what has no scope, end earlier
         notification, delivery, user, channel, lane, generation, attempt, at_ms, reports, *rest = orjson.loads(row)
         return cls(
             notification_id=notification,
@@ -82,12 +89,16 @@ class Known:
             at_ms=at_ms,
             reports={status: (code, at) for status, (code, at) in reports.items()},
             is_unknown=bool(rest and rest[0]),
+            scope=rest[1] if len(rest) > 1 else None,
+            suppressed=tuple(rest[2]) if len(rest) > 1 else (),
         )
 
     def encode(self) -> bytes:
         """Return the row's bytes."""
         place = [self.notification_id, self.delivery_id, self.user_id, self.channel, self.lane]
-        rest = [True] if self.is_unknown else []
+        rest: list[object] = [True] if self.is_unknown else []
+        if self.scope is not None:
+            rest = [self.is_unknown, self.scope, self.suppressed]
         return orjson.dumps([*place, self.generation, self.attempt, self.at_ms, self.reports, *rest])
 
 
@@ -101,6 +112,7 @@ class _Waiting(NamedTuple):
     code: str | None
     reported_at_ms: int
     raw: str
+    suppresses: str | None = None  # rows of before reports could say it have no such field
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +138,7 @@ class Matcher:
             return Effects(counts=["stale_reference"])
         waiting = [_Waiting(*entry) for entry in orjson.loads(state[WAITING].get(key, b"[]"))]
         reports = dict(before.reports) if is_same and before is not None else {}
+        suppressed = before.suppressed if is_same and before is not None else ()
         for entry in waiting:
             reports.setdefault(entry.status, (entry.code, entry.reported_at_ms))
         known = Known(
@@ -139,19 +152,23 @@ class Matcher:
             at_ms=_milliseconds(reference.at),
             reports=reports,
             is_unknown=reference.is_unknown,
+            scope=reference.address_scope,
+            suppressed=suppressed if reference.address_scope is not None else (),
         )
+        is_repeated = known == before
+        known, orders = _suppressed(known, ((entry.suppresses, entry.reported_at_ms) for entry in waiting))
         rows = [Row(REFERENCES, key, known.encode())]
         if waiting:
             rows.append(Row(WAITING, key, None))
         rows += self._forgotten(state, key, _milliseconds(source.at))
-        is_repeated = known == before
         changes = [] if is_repeated else [self._change(known, reference.provider, reference.reference, status) for status in reports]
-        outputs = [*changes, *self._settled(known, changes)]
-        return Effects(outputs, rows, ["reference", *(["matched"] * len(waiting))])
+        outputs = [*changes, *self._settled(known, changes), *orders]
+        return Effects(outputs, rows, ["reference", *(["matched"] * len(waiting)), *_counted(orders)])
 
     def decide_report(self, found: Reported, source: Source, state: State) -> Effects:
-        """Decide the status change that a report makes, or where it waits for its reference.
+        """Decide the status change that a report makes and whether it blocks the address, or where it waits for its reference.
 
+        A complaint often repeats the status of an earlier report: then the order is all that follows of it.
         Counts `matched`, `waiting` or `repeated`. Raises InvalidEventError for a report that says nothing of use.
         """
         report = found.report
@@ -163,15 +180,17 @@ class Matcher:
         row = state[REFERENCES].get(key)
         if row is None:
             return self._wait(found, key, source, state)
-        known = Known.decode(row)
-        if report.status in known.reports:
+        known, orders = _suppressed(Known.decode(row), [(report.suppresses, _milliseconds(report.at))])
+        changes = []
+        if report.status not in known.reports:
+            known = replace(known, reports={**known.reports, report.status: (_code(report.code), _milliseconds(report.at))})
+            changes = [self._change(known, report.provider, report.reference, report.status)]
+        if not changes and not orders:
             return Effects(counts=["repeated"])
-        known = replace(known, reports={**known.reports, report.status: (_code(report.code), _milliseconds(report.at))})
-        change = self._change(known, report.provider, report.reference, report.status)
         return Effects(
-            [change, *self._settled(known, [change])],
+            [*changes, *self._settled(known, changes), *orders],
             [Row(REFERENCES, key, known.encode())],
-            ["matched"],
+            ["matched", *_counted(orders)],
         )
 
     def expire(self, now: datetime, state: State) -> Effects:
@@ -202,7 +221,7 @@ class Matcher:
     def _wait(self, found: Reported, key: bytes, source: Source, state: State) -> Effects:
         report = found.report
         entries = [_Waiting(*entry) for entry in orjson.loads(state[WAITING].get(key, b"[]"))]
-        if any(entry.status == report.status for entry in entries):
+        if any((entry.status, entry.suppresses) == (report.status, report.suppresses) for entry in entries):
             return Effects(counts=["repeated"])
         entry = _Waiting(
             partition=source.partition,
@@ -212,6 +231,7 @@ class Matcher:
             code=_code(report.code),
             reported_at_ms=_milliseconds(report.at),
             raw=b64encode(found.raw).decode(),
+            suppresses=report.suppresses,
         )
         return Effects(rows=[Row(WAITING, key, orjson.dumps([list(each) for each in (*entries, entry)]))], counts=["waiting"])
 
@@ -249,9 +269,27 @@ class Matcher:
         return Output(topics.STATUS, user, change, partition_of(user, self.partitions))
 
 
+def _suppressed(known: Known, told: Iterable[tuple[str | None, int]]) -> tuple[Known, list[Output]]:
+    """Return what is known after reports, each (why nothing more may be sent, when), and the orders that follow."""
+    orders: list[Output] = []
+    for reason, at_ms in told:
+        if known.scope is None or reason is None or reason in known.suppressed:
+            continue
+        order = ControlEntry(scope=known.scope, reason=reason, issued_at=datetime.fromtimestamp(at_ms / 1000, UTC))
+        orders.append(Output(topics.CONTROL, known.scope.encode(), order, BY_KEY))
+        known = replace(known, suppressed=(*known.suppressed, reason))
+    return known, orders
+
+
+def _counted(orders: Sequence[Output]) -> Iterator[str]:
+    return (f"suppression:{order.value.reason}" for order in orders if isinstance(order.value, ControlEntry))
+
+
 def _check(report: DeliveryReport) -> None:
     if report.status not in REPORTED:
         raise InvalidEventError("status", f"is none of {', '.join(sorted(REPORTED))}")
+    if report.suppresses is not None and report.suppresses not in set(Suppression):
+        raise InvalidEventError("suppresses", f"is none of {', '.join(sorted(Suppression))}")
     for name, value in (("provider", report.provider), ("reference", report.reference)):
         if not value or len(value) > _MOST_CHARACTERS:
             raise InvalidEventError(name, f"is empty or longer than {_MOST_CHARACTERS} characters")

@@ -116,7 +116,7 @@ TOPOLOGY: tuple[Step, ...] = (
         reads=(topics.PROVIDER_REFS, topics.RECEIPTS),
         tables=(("references", None), ("waiting", None)),
         aged=("references", "waiting"),
-        writes=(topics.STATUS, topics.PROVIDER_REFS, topics.RECEIPTS, *(topics.settled(lane) for lane in Lane)),
+        writes=(topics.STATUS, topics.PROVIDER_REFS, topics.RECEIPTS, topics.CONTROL, *(topics.settled(lane) for lane in Lane)),
     ),
     Step(
         name="project",

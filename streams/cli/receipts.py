@@ -14,6 +14,7 @@ from schemas import topics
 from schemas.codec import frame, own_schema, schema_text
 from schemas.errors import InvalidEventError
 from schemas.ids import digest
+from schemas.status import Suppression
 from streams.cli import console, records
 from streams.cli.context import load_settings
 from streams.cli.errors import EXIT_FAILURE
@@ -40,6 +41,8 @@ def load(
     as_json: console.JsonOption = False,
 ) -> None:
     """Publish reports: provider, reference, status (delivered, bounced, failed, expired), at; code and reportId if known.
+
+    `suppresses` (hard_bounce, complaint, unsubscribed, dead_token) says besides that nothing more may be sent to the address.
 
     The reference is what the provider knows the delivery by: for e-mail the Message-ID without its brackets. A report on what
     was not sent yet waits for it, at most three days. A bad line is reported by its number and the rest goes on; the exit code
@@ -81,4 +84,6 @@ def to_record(value: Mapping[str, object]) -> dict[str, object]:
             raise InvalidEventError(name, "is empty")
     if record["status"] not in REPORTED:
         raise InvalidEventError("status", f"is none of {', '.join(sorted(REPORTED))}")
+    if record["suppresses"] is not None and record["suppresses"] not in set(Suppression):
+        raise InvalidEventError("suppresses", f"is none of {', '.join(sorted(Suppression))}")
     return record

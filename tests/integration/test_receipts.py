@@ -37,11 +37,9 @@ def reference(delivery: Delivery) -> str:
     return f"{delivery.delivery_id}.{delivery.generation}@flowmart.example"
 
 
-def report(made: System, *deliveries: Delivery, status: str = "delivered", code: str | None = None) -> None:
-    lines = [
-        {"provider": "smtp", "reference": reference(each), "status": status, "code": code, "at": datetime.now(UTC).isoformat()}
-        for each in deliveries
-    ]
+def report(made: System, *deliveries: Delivery, status: str = "delivered", code: str | None = None, suppresses: str | None = None) -> None:
+    said = {"provider": "smtp", "status": status, "code": code, "suppresses": suppresses, "at": datetime.now(UTC).isoformat()}
+    lines = [{**said, "reference": reference(each)} for each in deliveries]
     done = made.notify("receipts", "load", "-", "--json", stdin="".join(json.dumps(line) + "\n" for line in lines))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["published"] == len(lines)
@@ -213,6 +211,48 @@ def test_a_recall_by_rule_spares_what_is_accepted_later_and_a_lifted_one_everyth
     deliver(running, again)
     await_status(running, again, "sent")
     assert running.notify("recall", "lift", "recall:rule:out_of_stock").returncode == 1
+
+
+def test_a_hard_bounce_that_a_provider_reports_later_skips_the_next_notification_and_its_decision_says_why(running: System) -> None:
+    running.load_preferences([{"userId": "dead-box", "email": "dead-box@example.com"}])
+    codec = codec_of(running, topics.requests(Lane.NORMAL))
+
+    def ask(event: str) -> DecisionRecord:
+        asked = NotificationRequested(
+            event_id=event,
+            producer="test",
+            rule="message",
+            user_id="dead-box",
+            data={"title": "Hello", "message": "World"},
+            occurred_at=datetime.now(UTC),
+        )
+        running.produce(topics.requests(Lane.NORMAL), [(b"dead-box", codec.encode(asked))])
+        identity = notification_id(producer="test", event_id=event, rule="message", user_id="dead-box")
+
+        def decided() -> DecisionRecord | None:
+            found = (running.decode(record, DecisionRecord) for record in running.read(topics.DECISIONS))
+            return next((each for each in found if each.notification_id == identity), None)
+
+        record = wait_for(decided, seconds=40, what=f"{event} decided")
+        assert isinstance(record, DecisionRecord)
+        return record
+
+    def email(record: DecisionRecord) -> tuple[str, str | None]:
+        return next((choice.reason, choice.delivery_id) for choice in record.channels if choice.channel == Channel.EMAIL)
+
+    reason, identity = email(ask("dead-box-1"))
+    assert reason == "on by default"
+    sent = replace(a_delivery("dead-box", "dead-box-1"), delivery_id=identity or "")
+    await_status(running, sent, "sent")
+    report(running, sent, status="bounced", code="5.1.1", suppresses="hard_bounce")
+    await_status(running, sent, "bounced")
+    assert len([entry for entry in json_lines(running, "recall", "list", "--json") if entry["reason"] == "hard_bounce"]) == 1
+    wait_for(lambda: email(ask(f"dead-box-{datetime.now(UTC)}"))[0] == "suppressed: hard_bounce", seconds=30, what="the next one skipped")
+    assert b"dead-box@" not in b"".join(key + value for key, value in running.rows(topics.CONTROL).items())
+
+
+def json_lines(made: System, *arguments: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in made.notify(*arguments).stdout.splitlines()]
 
 
 def test_the_router_sends_nothing_to_a_suppressed_address_and_decides_nothing_that_is_recalled(running: System) -> None:

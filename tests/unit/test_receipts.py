@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.ports import Effects, KnownSource, SetAside
+from agents.ports import BY_KEY, Effects, KnownSource, SetAside
 from agents.receipts import REFERENCE_SECONDS, REFERENCES, WAITING, WAITING_SECONDS, Matcher, Reported, report_key
 from schemas import topics
 from schemas.errors import InvalidEventError
 from schemas.ids import partition_of
-from schemas.messages import DeliveryReport, ProviderReference, StatusChange
-from schemas.status import Status, order
+from schemas.messages import ControlEntry, DeliveryReport, ProviderReference, StatusChange
+from schemas.status import Status, Suppression, order
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 PARTITIONS = 4
@@ -33,6 +33,9 @@ REFERENCE = ProviderReference(
     at=NOW,
 )
 REPORT = DeliveryReport(report_id="r", provider="smtp", reference=REFERENCE.reference, status="delivered", code="2.0.0", at=NOW)
+SCOPED = replace(REFERENCE, address_scope="suppression:email:0123")
+BOUNCE = replace(REPORT, status="bounced", code="5.1.1", suppresses=Suppression.HARD_BOUNCE)
+COMPLAINT = replace(REPORT, suppresses=Suppression.COMPLAINT, at=NOW + timedelta(hours=1))
 
 
 class Desk:
@@ -42,6 +45,7 @@ class Desk:
         self.matcher = Matcher(PARTITIONS)
         self.state: dict[str, OrderedDict[bytes, bytes]] = {REFERENCES: OrderedDict(), WAITING: OrderedDict()}
         self.changes: list[StatusChange] = []
+        self.orders: list[ControlEntry] = []
         self.offset = 0
 
     def tell(self, message: ProviderReference | DeliveryReport, *, at: datetime = NOW) -> Effects:
@@ -63,6 +67,7 @@ class Desk:
             else:
                 self.state[row.table][row.key] = row.value
         self.changes += [output.value for output in effects.outputs if isinstance(output.value, StatusChange)]
+        self.orders += [output.value for output in effects.outputs if isinstance(output.value, ControlEntry)]
         return effects
 
     @property
@@ -169,7 +174,70 @@ def test_a_report_on_another_partition_than_its_references_is_sent_on() -> None:
     assert output == (topics.RECEIPTS, key, REPORT, here)
 
 
-@pytest.mark.parametrize("report", [replace(REPORT, status="read"), replace(REPORT, reference=""), replace(REPORT, provider="x" * 501)])
+def test_a_hard_bounce_suppresses_the_address_that_it_is_about() -> None:
+    desk = Desk()
+    desk.tell(SCOPED)
+    effects = desk.tell(BOUNCE)
+    assert effects.counts == ["matched", "suppression:hard_bounce"]
+    assert desk.orders == [ControlEntry(scope="suppression:email:0123", reason="hard_bounce", issued_at=NOW)]
+    (output,) = [output for output in effects.outputs if output.topic == topics.CONTROL]
+    assert (output.key, output.partition) == (b"suppression:email:0123", BY_KEY)
+    assert [change.status for change in desk.changes] == ["bounced"]
+
+
+def test_a_hard_bounce_that_comes_before_its_reference_suppresses_the_address_when_that_is_known() -> None:
+    desk = Desk()
+    desk.tell(BOUNCE)
+    assert not desk.orders
+    assert "suppression:hard_bounce" in desk.tell(SCOPED).counts
+    assert [order.reason for order in desk.orders] == ["hard_bounce"]
+
+
+@given(st.permutations([SCOPED, REPORT, COMPLAINT, COMPLAINT]))
+def test_a_complaint_suppresses_the_address_though_the_delivery_was_reported_before(
+    told: Sequence[ProviderReference | DeliveryReport],
+) -> None:
+    desk = Desk()
+    for message in told:
+        desk.tell(message)
+    assert [(order.reason, order.issued_at) for order in desk.orders] == [("complaint", COMPLAINT.at)]
+    assert [change.status for change in desk.changes] == ["delivered"]
+
+
+def test_a_bounce_told_again_does_not_bring_back_an_order_that_a_person_lifted() -> None:
+    desk = Desk()
+    for message in (SCOPED, BOUNCE, BOUNCE, replace(SCOPED, attempt=2), BOUNCE):
+        desk.tell(message)
+    assert len(desk.orders) == 1
+
+
+def test_a_bounce_of_what_has_no_address_of_its_own_suppresses_nothing() -> None:
+    desk = Desk()
+    desk.tell(REFERENCE)
+    assert desk.tell(BOUNCE).counts == ["matched"]
+    assert not desk.orders
+
+
+def test_rows_of_the_release_before_are_still_understood() -> None:
+    desk = Desk()
+    key = report_key(REPORT.provider, REPORT.reference)
+    desk.state[REFERENCES][key] = b'["n","d","u","email","normal",0,1,1772323200000,{},true]'
+    assert desk.tell(BOUNCE).counts == ["matched"]
+    other = Desk()
+    other.state[WAITING][key] = b'[[0,1,1772323200000,"bounced","5.1.1",1772323200000,"cmF3"]]'
+    other.tell(SCOPED)
+    assert ([change.status for change in other.changes], other.orders) == (["bounced"], [])
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        replace(REPORT, status="read"),
+        replace(REPORT, reference=""),
+        replace(REPORT, provider="x" * 501),
+        replace(REPORT, suppresses="whim"),
+    ],
+)
 def test_a_report_that_says_nothing_of_use_is_a_dead_letter(report: DeliveryReport) -> None:
     with pytest.raises(InvalidEventError):
         Desk().tell(report)

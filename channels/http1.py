@@ -1,0 +1,88 @@
+"""HTTP/1.1 to one origin, for the peers that speak no HTTP/2 (`channels.http2`): the same request, answer and errors.
+
+Less can be known: once a request began to leave, a lost connection tells nothing about what the peer did.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Sequence
+from typing import Final
+
+import aiohttp
+
+from channels.http2 import MAX_ANSWER_BYTES, Answer
+from schemas.errors import ProviderUnavailableError, SendUnknownError
+
+_IDLE_SECONDS: Final = 20.0  # shorter than what servers allow, so that few requests meet a connection that is just ending
+
+
+class _Progress:
+    """How far a request came."""
+
+    is_leaving = False
+
+
+class Http1Client:
+    """Requests to one origin, such as `https://push.example`. Each runs on a connection of its own, kept for the next."""
+
+    def __init__(
+        self, origin: str, *, tls: ssl.SSLContext | None, max_open: int, connect_seconds: float = 5.0, total_seconds: float = 12.0
+    ) -> None:
+        self._origin = origin
+        self._tls = tls
+        self._max_open = max_open
+        # the connector never waits for a free connection: it has as many as there are calls at once
+        self._timeout = aiohttp.ClientTimeout(total=total_seconds, connect=connect_seconds)
+        self._session: aiohttp.ClientSession | None = None
+        self._is_open = True
+
+    async def post(self, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> Answer:
+        """Send one request and return its answer, as `Http2Client.post` does. Follows no redirection."""
+        if not self._is_open:
+            raise ProviderUnavailableError("the channel is closed", code="closed")
+        progress = _Progress()
+        named = {name.decode("ascii"): value.decode("ascii") for name, value in headers}
+        try:
+            async with self._opened().post(path, headers=named, data=body, allow_redirects=False, trace_request_ctx=progress) as answer:
+                text = await answer.content.read(MAX_ANSWER_BYTES)
+                return Answer(status=answer.status, headers={name.lower(): value for name, value in answer.headers.items()}, body=text)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            # no cause: their texts quote the path, which is an address
+            raise _meaning(error, is_leaving=progress.is_leaving) from None
+
+    async def close(self) -> None:
+        """End every connection. Requests still running fail."""
+        self._is_open = False
+        if self._session is not None:
+            await self._session.close()
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            trace = aiohttp.TraceConfig()
+            trace.on_request_headers_sent.append(_began)
+            self._session = aiohttp.ClientSession(
+                self._origin,
+                connector=aiohttp.TCPConnector(ssl=self._tls or True, limit=self._max_open, keepalive_timeout=_IDLE_SECONDS),
+                timeout=self._timeout,
+                trace_configs=[trace],
+                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=False,
+            )
+        return self._session
+
+
+async def _began(_: aiohttp.ClientSession, context: object, __: aiohttp.TraceRequestHeadersSentParams) -> None:
+    progress = getattr(context, "trace_request_ctx", None)
+    assert isinstance(progress, _Progress)
+    progress.is_leaving = True
+
+
+def _meaning(error: Exception, *, is_leaving: bool) -> ProviderUnavailableError | SendUnknownError:
+    is_late = isinstance(error, TimeoutError)
+    if is_leaving:
+        code = "timeout" if is_late else "protocol" if isinstance(error, aiohttp.ClientResponseError | ValueError) else "connection"
+        return SendUnknownError(f"no answer came from the provider: {code}", code=code)
+    code = "tls" if isinstance(error, aiohttp.ClientSSLError | ssl.SSLError) else "connect"
+    return ProviderUnavailableError(f"no connection to the provider: {code}", code=code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from channels import email
+from channels import apns, email, fcm, webpush
 from channels.absent import AbsentChannel
 from channels.in_app import InAppChannel
 from schemas import topics
@@ -20,6 +20,9 @@ BUILDERS: Mapping[str, Callable[[ProviderConfig, Ports], Channel]] = {
     "smtp": email.build,
     "smtp+starttls": email.build,
     "smtps": email.build,
+    "fcm": fcm.build,
+    "apns": apns.build,
+    "webpush": webpush.build,
 }
 
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from channels import apns, fcm, webpush
 from channels.apns import ApnsChannel
 from channels.base import Channel, OnUnknown, Receipt
-from channels.config import Ports, ProviderConfig, parse_providers
+from channels.config import ProviderConfig, parse_providers
 from channels.fcm import FcmChannel
 from channels.http2 import Http2Client, client_context, steady, varying
 from channels.push import MAX_TTL_SECONDS, Kind, parse_device, replaces, route_of, to_base64url
@@ -46,19 +46,16 @@ from schemas.errors import (
     SendUnknownError,
     SettingsError,
 )
-from schemas.messages import Content, Delivery, DeliveryReport
+from schemas.messages import Content, Delivery
 from schemas.status import Status, Suppression
+from tests.ports import no_ports
 
 TITLE, MESSAGE = "planted title", "planted message: Grüße 👋"
 NAME = "planted-device"
 Changes = dict[str, Any]
 
 
-async def nobody_listens(_: DeliveryReport) -> None:
-    raise AssertionError("no push service reports")
-
-
-PORTS = Ports(mail_from="a@b.example", max_open=32, report=nobody_listens, unsubscribe_url=lambda *_: None, callback_url=lambda _: None)
+PORTS = no_ports()
 
 
 def a_delivery(number: int = 1, **changes: Any) -> Delivery:

@@ -33,6 +33,11 @@ def rule_scope(rule: str) -> str:
     return f"{RECALL}:rule:{rule}"
 
 
+def category_scope(address_scope: str, category: str) -> str:
+    """Return the scope of a block of an address for one category only; `address_scope` as `Control.scope_of` returns it."""
+    return f"{address_scope}:{category}"
+
+
 def normalised(channel: str, address: str) -> str:
     """Return the form under which an address is blocked: two spellings that reach the same mailbox in practice are one."""
     plain = address.strip()
@@ -65,9 +70,10 @@ class Control:
             accepted_at=delivery.accepted_at,
         )
 
-    def suppressed(self, channel: str, address: str) -> ControlEntry | None:
-        """Return the order that blocks an address; None when nothing does."""
-        return self._entry(self.scope_of(channel, address))
+    def suppressed(self, channel: str, address: str, category: str = "") -> ControlEntry | None:
+        """Return the order that blocks an address, for everything or for `category`; None when nothing does."""
+        scope = self.scope_of(channel, address)
+        return self._entry(scope) or self._entry(category_scope(scope, category))
 
     def scope_of(self, channel: str, address: str) -> str:
         """Return the scope of a block of `address`: HMAC-SHA-256 under a key derived from the seal key."""

@@ -94,8 +94,8 @@ class Orders(Protocol):
     def recalled(self, *, notification_id: str, producer: str, event_id: str, rule: str, accepted_at: datetime) -> ControlEntry | None:
         """Return the order that recalls a notification."""
 
-    def suppressed(self, channel: str, address: str) -> ControlEntry | None:
-        """Return the order that blocks an address."""
+    def suppressed(self, channel: str, address: str, category: str) -> ControlEntry | None:
+        """Return the order that blocks an address, for everything or for `category`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,14 +235,13 @@ class Router:
 
     def _refused(self, channel: Channel, address: str, category: str) -> tuple[SkipReason, str | None] | None:
         """Return why nothing is sent to an address, and more about it; None: it may be."""
-        del category
         if channel in _ROUTED:
             route = _route(channel, address)
             if route is None:
                 return SkipReason.INVALID_ADDRESS, None
             if channel is Channel.SMS and self.sms_countries is not None and route not in self.sms_countries:
                 return SkipReason.COUNTRY_NOT_ALLOWED, route
-        order = self.control.suppressed(channel, address)
+        order = self.control.suppressed(channel, address, category)
         return None if order is None else (SkipReason.SUPPRESSED, order.reason)
 
     def _effects(  # noqa: PLR0913, PLR0917 - everything that a decision rests on, once

@@ -88,8 +88,10 @@ from streams.transport.credentials import credentials
 from streams.transport.faust_parts import BatchSchema, BatchTableManager, NotifyApp, PartitionedTable, check_version
 from streams.transport.reader import Batch
 from streams.transport.records import Record
+from streams.unsubscribe import unsubscribe_url
 from streams.views.pages import Health, OperationsContext, WebContext, install, install_operations
 from streams.views.requests import Asking, Rates, install_requests
+from streams.views.unsubscribe import install_unsubscribe
 from templates.render import Templates
 
 log = logging.getLogger(__name__)
@@ -307,9 +309,14 @@ class Worker(NotifyApp):
             mail_from=self.settings.mail_from,
             max_open=self.settings.max_open_attempts,
             report=self._report,
-            unsubscribe_url=lambda _delivery, _address: None,
+            unsubscribe_url=self._unsubscribe_url,
             callback_url=lambda _provider: None,
         )
+
+    def _unsubscribe_url(self, delivery: Delivery, address: str) -> str | None:
+        """Return where a reader leaves the category of a delivery; None where he cannot."""
+        scope = self._control().scope_of(delivery.channel, address)
+        return unsubscribe_url(self.settings.public_url, self.settings.token_key, delivery, scope)
 
     async def _report(self, report: DeliveryReport) -> None:
         """Publish a provider's later word. Raises ProviderUnavailableError: Kafka did not take it."""
@@ -643,6 +650,7 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
         )
         install(app, context)
         install_requests(app, Asking(templates=Templates(), rates=Rates(per_second=settings.posts_per_second)))
+        install_unsubscribe(app)
     else:
         install_operations(app, operations)
     return app

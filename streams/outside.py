@@ -31,7 +31,7 @@ OUTSIDE: Mapping[str, Outside] = {
     topics.USER_ACTIONS: Outside(writers=(OTHER_SERVICES, CLI)),
     **dict.fromkeys(REQUESTS, Outside(writers=(OTHER_SERVICES, WEB, CLI))),
     topics.COMMANDS: Outside(writers=(WEB, CLI)),
-    topics.CONTROL: Outside(writers=(CLI,)),
+    topics.CONTROL: Outside(writers=(WEB, CLI)),
     topics.RECEIPTS: Outside(writers=(CLI,)),
     topics.REDRIVEN: Outside(writers=(CLI,), readers=(CLI,)),
     topics.SIGNALS: Outside(writers=(WEB, CLI)),

@@ -67,6 +67,7 @@ class Settings:
     providers: tuple[ProviderConfig, ...] = ()
     lane_shares: Mapping[Lane, float] = field(default_factory=lambda: dict(DEFAULT_LANE_SHARES))
     sms_countries: frozenset[str] | None = None
+    public_url: str = ""
 
     @property
     def counts(self) -> Mapping[Count, int]:
@@ -161,6 +162,7 @@ class Settings:
             providers=_providers(env, problems),
             lane_shares=read("NOTIFY_LANE_SHARES", _lane_shares, DEFAULT_LANE_SHARES),
             sms_countries=read("NOTIFY_SMS_COUNTRIES", _countries, None),
+            public_url=read("NOTIFY_PUBLIC_URL", _http_url, ""),
         )
         problems += _contradictions(settings, {problem.partition(" ")[0].rstrip(":") for problem in problems})
         unknown = sorted(name for name in env if name.startswith("NOTIFY_") and name not in VARIABLES)
@@ -224,6 +226,7 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_PROVIDERS_FILE": "a TOML file with more of them, a table [providers.NAME] each",
     "NOTIFY_LANE_SHARES": "what part of each provider's quota a lane may use, in percent: critical,normal,bulk; default 50,30,20",
     "NOTIFY_SMS_COUNTRIES": "countries whose numbers may be sent SMS, such as DE,AT,CH; default: all",
+    "NOTIFY_PUBLIC_URL": "what recipients and providers reach the web of views by: links to unsubscribe begin so; default: no links",
     "NOTIFY_CACHE_DIR": "where `notify up` keeps downloads; default ~/.cache/flowmart-notify",
 }
 SECRETS = frozenset(

@@ -144,7 +144,10 @@ def suppress(
     settings, _ = load_settings(os.environ, needs=SEALED_NEEDS)
     scope = Control(lambda _scope: None, seal_key=settings.seal_key).scope_of(channel, plain)
     if is_lifted:
-        lift(scope, as_json=as_json)
+        # of single categories too: its owner left them by a mail's link
+        scopes = [entry.scope for entry in _orders(settings) if entry.scope == scope or entry.scope.startswith(f"{scope}:")]
+        for each in scopes or [scope]:
+            lift(each, as_json=as_json)
         return
     entry = ControlEntry(scope=scope, reason=_reason(reason), issued_at=datetime.now(UTC))
     _publish(settings, scope, entry)

@@ -353,6 +353,19 @@ class Read(NotificationPage):
         return json_answer({"notificationId": found.notification_id, "status": Engagement.READ}, status=HTTPStatus.ACCEPTED)
 
 
+async def body_of(request: web.Request, *, most: int) -> bytes:
+    """Return the body. Raises ProblemError above `most` bytes, before more than that was read."""
+    problem = ProblemError(ProblemType.TOO_LARGE, f"the body is larger than {most} bytes", limit=most)
+    if (request.content_length or 0) > most:
+        raise problem
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > most:
+            raise problem
+    return bytes(body)
+
+
 def caller_of(request: web.Request) -> tokens.Caller:
     """Return who asks. Raises ProblemError without a valid token."""
     given = ", ".join(request.headers.getall("Authorization", []))  # two of them make none that is valid

@@ -46,6 +46,7 @@ from streams.views.pages import (
     WebContext,
     add_pages,
     application_of,
+    body_of,
     caller_of,
     json_answer,
 )
@@ -120,7 +121,7 @@ class Ask(Page):
         _limit(asking.rates, caller)
         if request.content_type != "application/json":
             raise ProblemError(ProblemType.UNSUPPORTED_TYPE, "the content type must be application/json")
-        body = await _body(request)
+        body = await body_of(request, most=MAX_BODY_BYTES)
         wish = parse(body, header=_idempotency_key(request), templates=asking.templates, now=site.context.now())
         partition = partition_of(wish.user_id.encode(), site.context.partitions)
         if site.context.tables.shard(NOTIFICATIONS, partition) is None:
@@ -298,19 +299,6 @@ def _idempotency_key(request: web.Request) -> str | None:
     if len(given) > 1 or len(given[0]) > MAX_KEY_CHARACTERS or not _VISIBLE.fullmatch(given[0]):
         raise bad_parameter("Idempotency-Key", f"given once, 1 to {MAX_KEY_CHARACTERS} visible ASCII characters")
     return given[0]
-
-
-async def _body(request: web.Request) -> bytes:
-    """Return the body. Raises ProblemError above the limit, before more than that was read."""
-    problem = ProblemError(ProblemType.TOO_LARGE, f"the body is larger than {MAX_BODY_BYTES} bytes", limit=MAX_BODY_BYTES)
-    if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise problem
-    body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise problem
-    return bytes(body)
 
 
 async def _key(site: Site, user_id: str, *, new_key_seconds: float) -> bytes:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sortedcontainers import SortedDict
 
-from agents.control import Control
+from agents.control import Control, category_scope
 from agents.ports import Effects, KnownSource, Source
 from agents.router import CHUNK_USERS, KEYS, MAX_WATCHES, PREFERENCES, SEEN, SUBJECTS, WATCHES, WATCHING, Router
+from agents.triggers import RULES
 from schemas.codec import Codec, pack, unpack
 from schemas.errors import InvalidEventError, TemplateError, UnknownRuleError, VersionConflictError
 from schemas.ids import partition_of
@@ -419,3 +420,19 @@ def test_what_is_recalled_is_cancelled_and_a_suppressed_address_is_skipped_with_
         CONTROL.clear()
     assert {choice.channel: choice.reason for choice in record.channels}["email"] == "suppressed: hard bounce"
     assert (recalled.outcome, recalled.reason) == ("cancelled", "recalled: wrong price")
+
+
+def test_an_address_that_left_a_category_hears_nothing_more_of_it_and_of_others_still() -> None:
+    desk = Desk()
+    desk.reach(email="a@example.com")
+    category = RULES[request().rule].category
+    reasons: list[str] = []
+    for left in (category, "another"):
+        order = ControlEntry(scope=category_scope(ORDERS.scope_of("email", "a@example.com"), left), reason="unsubscribed", issued_at=NOW)
+        CONTROL[order.scope] = order
+        try:
+            (record,) = of(desk.ask(request(f"left-{left}")), DecisionRecord)
+        finally:
+            CONTROL.clear()
+        reasons += [choice.reason for choice in record.channels if choice.channel == "email"]
+    assert reasons == ["suppressed: unsubscribed", "on by default"]

@@ -12,25 +12,34 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
 import pytest
 
+from agents.stock import product_audience, warehouse_audience
+from schemas import topics
 from schemas.ids import notification_id
-from schemas.messages import DecisionRecord, Delivery, StatusChange
+from schemas.messages import Command, DecisionRecord, Delivery, StatusChange, UserAction
 from schemas.topics import Channel, Lane, deliver
+from streams.cli.wire import Wire
 from streams.embedded.stack import Stack
+from streams.topics import specs
 from tests.harness import System, WorkerProcess, system, wait_for
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "1800"))
 USERS = 500
 BATCH_EVENTS = 500
 ROLES = ("ingest", "router", "sender-normal", "sender-critical", "delay", "signals", "views", "store")
-DAY_ROLES = ("ingest", "router", "sender-normal", "delay", "signals", "views", "store")
+PAYMENT_ROLES = ("ingest", "router", "sender-normal", "delay", "signals", "views", "store")
+DAY_ROLES = (*PAYMENT_ROLES, "stock", "sender-critical", "sender-bulk")
 HOURS = 24
 DAY_EVENTS_PER_SECOND = 60
 STEP_SECONDS = 2.0
+# beside the payments: one in so many of them a password is reset, and in each step so many products run out and come back
+RESET_EVERY = 20
+PRODUCTS, ADJUSTMENTS, STAFF, WATCHERS = 20, 2, 3, 5
 
 
 def flat(number: int) -> dict[str, object]:
@@ -105,6 +114,72 @@ def test_faults_at_random_for_a_long_time_lose_nothing(stack: Stack, tmp_path: P
         assert mails.total() - sent <= 32 * (kills + done["broker"] * 3)
 
 
+class Day:
+    """The events of a day and the notifications that have to come of them."""
+
+    def __init__(self, made: System) -> None:
+        self._made = made
+        self._payments = itertools.count()
+        self._adjustments = itertools.count()
+        with Wire(made.settings) as wire:
+            self._codec = wire.codec([spec for spec in specs() if spec.name in {topics.USER_ACTIONS, topics.COMMANDS}])
+        self.mailed: set[str] = set()
+
+    def prepare(self) -> None:
+        """Store who there is, and who watches what."""
+        people = [f"soak-{i}" for i in range(USERS)]
+        self._made.load_preferences({"userId": user, "email": f"{user}@example.com"} for user in people)
+        audiences = [(user, warehouse_audience("w1")) for user in people[:STAFF]]
+        audiences += [(user, product_audience(f"p{n}")) for user in people[:WATCHERS] for n in range(PRODUCTS)]
+        now = datetime.now(UTC)
+        self._made.produce(
+            topics.COMMANDS,
+            [
+                (
+                    user.encode(),
+                    self._codec.encode(Command(command_id=f"{user} {of}", user_id=user, kind="watch", audience=of, issued_at=now)),
+                )
+                for user, of in audiences
+            ],
+        )
+        wait_for(lambda: len(self._made.rows(topics.WATCHES)) == len(audiences), seconds=60, what="every watch")
+
+    def publish(self, payments: int) -> None:
+        """Publish what happens in a step with so many payments."""
+        now = datetime.now(UTC)
+        numbers = list(itertools.islice(self._payments, payments))
+        self._made.produce("payments", self._made.frame_payments(map(flat, numbers)))
+        for number in numbers:
+            self._expect("payments", f"payment:soak-pay-{number}:confirmed", "payment_confirmed", f"soak-{number % USERS}")
+        resets = [number for number in numbers if number % RESET_EVERY == 0]
+        actions = []
+        for number in resets:
+            user = f"soak-{number % USERS}"
+            data = {"code": f"{number % 1_000_000:06}", "expiresInMinutes": "15"}
+            action = UserAction(action_id=f"act-{number}", user_id=user, action="password_reset_requested", data=data, occurred_at=now)
+            actions.append((user.encode(), self._codec.encode(action)))
+            self._expect("user-actions", action.action_id, "password_reset", user)
+        self._made.produce(topics.USER_ACTIONS, actions)
+        adjustments = []
+        for number in itertools.islice(self._adjustments, ADJUSTMENTS):
+            product, is_out = f"p{number % PRODUCTS}", number // PRODUCTS % 2 == 0
+            event = {
+                "eventId": f"adj-{number}",
+                "timestamp": (now + timedelta(milliseconds=number % 1_000)).isoformat(timespec="milliseconds"),
+                "productId": product,
+                "warehouseId": "w1",
+                "previousQuantity": 50 if is_out else 0,
+                "newQuantity": 0 if is_out else 50,
+            }
+            adjustments.append(event)
+            for person in range(STAFF if is_out else WATCHERS):
+                self._expect("inventory", f"adj-{number}", "out_of_stock" if is_out else "back_in_stock", f"soak-{person}")
+        self._made.produce("inventory", self._made.frame_adjustments(adjustments))
+
+    def _expect(self, producer: str, event_id: str, rule: str, user: str) -> None:
+        self.mailed.add(f"{notification_id(producer=producer, event_id=event_id, rule=rule, user_id=user)}-email")
+
+
 @dataclass
 class Sample:
     """What a day's traffic had cost at one moment, by worker and table. Memory in MiB."""
@@ -171,43 +246,36 @@ def test_a_day_of_traffic_leaves_memory_and_state_bounded(stack: Stack, tmp_path
         for role in DAY_ROLES:
             made.start(role, NOTIFY_DEDUPE_DAYS=f"{max(60.0, window_seconds) / 86_400:.6f}")
         made.await_ready(seconds=180)
-        made.load_preferences({"userId": f"soak-{i}", "email": f"soak-{i}@example.com"} for i in range(USERS))
+        day = Day(made)
+        day.prepare()
         samples: list[Sample] = []
         began = time.monotonic()
-        sent = 0
         for step in range(round(SECONDS / STEP_SECONDS)):
             hour = step * STEP_SECONDS * HOURS / SECONDS
-            count = round(DAY_EVENTS_PER_SECOND * day_rate(hour) * STEP_SECONDS)
-            made.produce("payments", made.frame_payments(flat(i) for i in range(sent, sent + count)))
-            sent += count
+            day.publish(round(DAY_EVENTS_PER_SECOND * day_rate(hour) * STEP_SECONDS))
             if not samples or hour - samples[-1].hour >= HOURS / 150:
                 samples.append(sampled(made, stack, hour))
             # the schedule of the day, not a wait for anything
             threading.Event().wait(max(0.0, began + (step + 1) * STEP_SECONDS - time.monotonic()))
-        ids = {
-            notification_id(
-                producer="payments", event_id=f"payment:soak-pay-{i}:confirmed", rule="payment_confirmed", user_id=f"soak-{i % USERS}"
-            )
-            for i in range(sent)
-        }
-        mailed = {f"{found}-email" for found in ids}
+        mailed = day.mailed
         wait_for(lambda: mailed <= made.mails().keys(), seconds=600, what="every mail")
         samples.append(sampled(made, stack, HOURS))
         plot(samples, Path(os.environ.get("SOAK_PLOT", tmp_path / "soak.png")))
         mails = Counter({found: n for found, n in made.mails().items() if found in mailed})
         middle, end = (samples[len(samples) * part // 10 :][: len(samples) // 5] for part in (4, 8))
-        print(f"\nday: {sent} events, lost 0, doubled {mails.total() - sent}")
+        print(f"\nday: {len(mailed)} notifications, lost 0, doubled {mails.total() - len(mailed)}")
         for name in samples[-1].memory:
             before, after = (max(sample.memory.get(name, 0) for sample in each) for each in (middle, end))
             print(f"day: {name}: {before:.0f} MiB by the middle, {after:.0f} MiB at the end")
             assert after < before * 1.25 + 16, f"{name} grows"
-        peak = DAY_EVENTS_PER_SECOND * 1.8 * max(60.0, window_seconds)
+        stock = ADJUSTMENTS * (STAFF + WATCHERS) / 2 / STEP_SECONDS
+        peak = (DAY_EVENTS_PER_SECOND * 1.8 * (1 + 1 / RESET_EVERY) + stock) * max(60.0, window_seconds)
         seen = max(sample.rows["router decide.seen"] for sample in samples)
         attempts = max(sample.rows["sender-normal send.attempts"] for sample in samples)
         print(f"day: at most {seen:.0f} ids seen, {attempts:.0f} attempts, in a window that sees at most {peak:.0f} events")
         assert seen < 2 * peak
         assert attempts < 2 * 2 * peak
-        assert mails.total() == sent
+        assert mails.total() == len(mailed)
 
 
 @pytest.mark.soak
@@ -215,7 +283,7 @@ def test_a_day_of_traffic_leaves_memory_and_state_bounded(stack: Stack, tmp_path
 def test_a_database_away_for_a_minute_stops_nothing_and_is_caught_up_with(stack: Stack, tmp_path: Path) -> None:
     assert stack.postgres_process is not None
     with system(stack, tmp_path) as made:
-        for role in DAY_ROLES:
+        for role in PAYMENT_ROLES:
             made.start(role)
         made.await_ready(seconds=180)
         made.load_preferences({"userId": f"soak-{i}", "email": f"soak-{i}@example.com"} for i in range(USERS))

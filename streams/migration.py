@@ -76,6 +76,8 @@ PLACED: Mapping[str, Callable[[bytes, int], int] | None] = {
     "waiting": _by_key,
     # a payment, say, whose last word was told: the row does not say of whom, and is looked for by its own requests only
     "subjects": None,
+    # calls of the day that a partition counted against its share: a new one begins with what another has used, not with none
+    "used": None,
 }
 
 

@@ -162,7 +162,8 @@ class Writer:
         if reason.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             self._too_large = True
         if self._producer is not None:
-            self._producer.poll(0)  # what the broker refused before tells more than what failed because of it
+            with contextlib.suppress(KafkaException):  # a fatal error, again: what it means is said below
+                self._producer.poll(0)  # what the broker refused before tells more than what failed because of it
         if self._wrong_clock or reason.code() == KafkaError.INVALID_TIMESTAMP:
             raise WrongClockError from error
         if reason.txn_requires_abort() or reason.code() == KafkaError.MSG_SIZE_TOO_LARGE:

@@ -52,6 +52,7 @@ from schemas.topics import Channel, Lane
 PREFERENCES, KEYS, SEEN, SUBJECTS = "preferences", "keys", "seen", "subjects"
 WATCHES, WATCHING = "watches", "watching"
 MAX_WATCHES = 500  # of one user
+COMMANDS = ("ensure_key", "set_preferences", "add_device", "remove_device", "watch", "unwatch", "forget")
 # so many of an audience are told in one decision: a few milliseconds' work, after which more urgent requests have their turn
 CHUNK_USERS = 250
 _AUDIENCE = re.compile(r"(product|warehouse):[^\x00-\x1f]{1,200}")
@@ -400,9 +401,11 @@ class Router:
         match command.kind:
             case "ensure_key":
                 _, rows = self._user_key(state, command.user_id, source.at)
-            case "set_preferences":
+            case "set_preferences" | "add_device":
                 key, rows = self._user_key(state, command.user_id, source.at)
                 rows.append(Row(PREFERENCES, user, self.codec.encode(self._merged(command, state, key, source.at))))
+            case "remove_device":
+                rows = self._without_device(command, state, source.at)
             case "watch":
                 rows = self._watch(command, state, source.at)
             case "unwatch":
@@ -410,7 +413,7 @@ class Router:
             case "forget":
                 rows = list(_forgotten(user, state))
             case _:
-                raise InvalidEventError("kind", "is none of ensure_key, set_preferences, watch, unwatch, forget")
+                raise InvalidEventError("kind", f"is none of {', '.join(COMMANDS)}")
         return Effects([], rows, [f"command:{command.kind}"])
 
     def _watch(self, command: Command, state: State, at: datetime) -> list[Row]:
@@ -443,7 +446,7 @@ class Router:
                 name=given.name if given.name is not None else old.name,
                 email=given.email if given.email is not None else old.email,
                 phone=given.phone if given.phone is not None else old.phone,
-                devices=given.devices if given.devices is not None else old.devices,
+                devices=_devices(given.devices, old.devices, are_added=command.kind == "add_device"),
             )
             sealed = seal(key, pack(merged), user_id=command.user_id, purpose="contact")
         categories = {name: dict(channels) for name, channels in (stored.categories if stored else {}).items()}
@@ -458,6 +461,24 @@ class Router:
             categories=categories,
             updated_at=at,
         )
+
+    def _without_device(self, command: Command, state: State, at: datetime) -> list[Row]:
+        """Return the row without the devices in `command`: none where they are gone already, or the user's key is."""
+        user = command.user_id.encode()
+        stored, row = self._preferences(state, user), state[KEYS].get(user)
+        if stored is None or row is None or command.sealed is None:
+            return []
+        key = unwrap(self.seal_key, self.codec.decode(row, UserKey).wrapped, user_id=command.user_id)
+        try:
+            gone = unpack(unseal(key, command.sealed, user_id=command.user_id, purpose="contact"), Contact).devices or []
+            contact = self._contact(stored, key)
+        except UnsealableError:
+            return []  # he was erased since, and his devices with him
+        devices = [device for device in contact.devices or () if device not in gone]
+        if devices == (contact.devices or []):
+            return []
+        sealed = seal(key, pack(replace(contact, devices=devices)), user_id=command.user_id, purpose="contact")
+        return [Row(PREFERENCES, user, self.codec.encode(replace(stored, version=stored.version + 1, sealed=sealed, updated_at=at)))]
 
     # ---- rows
 
@@ -495,6 +516,13 @@ class Router:
         if partition == source.partition:
             return None
         return Effects([Output(source.topic, user, message, partition)], [], ["decision:rekeyed"])
+
+
+def _devices(given: list[str] | None, old: list[str] | None, *, are_added: bool) -> list[str] | None:
+    """Return the user's devices, the newest last: one too many drives out the oldest."""
+    if given is None:
+        return old
+    return list(dict.fromkeys([*(old or ()), *given] if are_added else given))[-MAX_DEVICES:]
 
 
 def _audience(command: Command) -> str:

@@ -25,10 +25,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from channels.base import Receipt
+from channels.devices import Kind
 from channels.http2 import Answer, Http2Client, steady, varying
 from channels.push import (
     TOTAL_SECONDS,
-    Kind,
     PushChannel,
     code_of,
     context_of,

@@ -29,11 +29,10 @@ from google.oauth2 import service_account
 from requests.adapters import HTTPAdapter
 
 from channels.base import Receipt
+from channels.devices import LOOPBACK, Kind
 from channels.http2 import Answer, Http2Client, steady
 from channels.push import (
-    LOOPBACK,
     TOTAL_SECONDS,
-    Kind,
     PushChannel,
     code_of,
     context_of,

@@ -26,28 +26,23 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from channels.base import Receipt
+from channels.devices import LOOPBACK, Kind, Subscription, endpoint_url, from_base64url, to_base64url
 from channels.http1 import Http1Client
 from channels.http2 import NO_HTTP2, Answer, Http2Client, steady, varying
 from channels.push import (
-    LOOPBACK,
     TOTAL_SECONDS,
-    Kind,
     PushChannel,
-    Subscription,
     code_of,
     context_of,
     device_of,
-    endpoint_url,
     failure,
     fitting,
-    from_base64url,
     gone,
     json_of,
     replaces,
     seconds_left,
     secret_text,
     title_and_message,
-    to_base64url,
 )
 from schemas.errors import NotifyError, ProviderRefusedError, ProviderRejectedError, ProviderUnavailableError, SettingsError
 from schemas.status import Status

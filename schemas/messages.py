@@ -182,7 +182,8 @@ class DeliveryReport:
 class Command:
     """A change that a user, or somebody for him, asks for.
 
-    `kind`: ensure_key, set_preferences, watch or unwatch an `audience`, or forget: destroy his key and all his rows.
+    `kind`: ensure_key; set_preferences; add_device: as set_preferences, and the devices come to those that he has;
+    remove_device: they go, nothing else changes; watch or unwatch an `audience`; forget: destroy his key and all his rows.
     """
 
     command_id: str

@@ -17,7 +17,7 @@ import orjson
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from channels.push import from_base64url, to_base64url
+from channels.devices import from_base64url, to_base64url
 from channels.simulators.http2 import Reply, Request
 from channels.simulators.push import Pushed, PushSimulator
 from channels.simulators.script import Behaviour

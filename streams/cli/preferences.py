@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Annotated, cast
 from zoneinfo import ZoneInfo
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agents.triggers import RULES
+from channels.devices import parse_device, route_of
 from schemas import topics
 from schemas.codec import Codec, pack, unpack
 from schemas.errors import InvalidEventError
@@ -40,7 +41,6 @@ MAX_TEXT_CHARACTERS = 1_000
 ID_BYTES = 12
 _TEXTS = ("name", "email", "phone", "locale", "timeZone")
 _CHANNELS = frozenset(Channel)
-_DEVICES = frozenset({"fcm", "apns", "webpush"})
 _MAILBOX = re.compile(r"\S+@\S+")
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, and halves of surrogate pairs
 _KNOWN = frozenset({"userId", "devices", "categories", *_TEXTS})
@@ -58,15 +58,17 @@ class Wish:
     time_zone: str | None = None
     categories: Mapping[str, Mapping[str, bool]] | None = None
     expected_version: int | None = None
+    adds_devices: bool = False  # the contact's devices come to those that he has; else they replace them
 
     def command(self, key: bytes | None, now: datetime) -> Command:
         """Return the command to the router, the contact sealed with the user's `key`."""
         sealed = seal(key, pack(self.contact), user_id=self.user_id, purpose=PURPOSE) if self.contact and key else None
+        kind = "add_device" if self.adds_devices else "set_preferences"
         identity = (repr(self.locale), repr(self.time_zone), repr(self.categories), repr(self.expected_version), (sealed or b"").hex())
         return Command(
-            command_id=digest("cli", "set_preferences", self.user_id, now.isoformat(), *identity, size=ID_BYTES),
+            command_id=digest("cli", kind, self.user_id, now.isoformat(), *identity, size=ID_BYTES),
             user_id=self.user_id,
-            kind="set_preferences",
+            kind=kind,
             sealed=sealed,
             locale=self.locale,
             time_zone=self.time_zone,
@@ -113,6 +115,7 @@ def get(
     epilog=console.examples(
         "notify prefs set u-1 --email ada@example.com --name 'Ada L.'",
         "notify prefs set u-1 --category payments.email=off --category messages.in_app=on",
+        "notify prefs set u-1 --device fcm:cZ1x:APA91bH",
         "notify prefs set u-1 --time-zone Europe/Berlin --expected-version 3",
     ),
 )
@@ -122,7 +125,10 @@ def set_(  # noqa: PLR0913 - one parameter an option
     email: Annotated[str | None, typer.Option(help="The mailbox.")] = None,
     name: Annotated[str | None, typer.Option(help="What the user is called in greetings.")] = None,
     phone: Annotated[str | None, typer.Option(help="The phone number, such as +12025550143.")] = None,
-    device: Annotated[list[str] | None, typer.Option(help="A device token for push; repeatable, replaces the list.")] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help="A device to add: fcm:TOKEN, apns:HEX or webpush:SUBSCRIPTION; repeatable.")
+    ] = None,
+    no_device: Annotated[bool, typer.Option("--no-device", help="Forget the devices so far; with --device these replace them.")] = False,
     locale: Annotated[str | None, typer.Option(help="The language, such as en-GB.")] = None,
     time_zone: Annotated[str | None, typer.Option(help="The IANA zone, such as Europe/London.")] = None,
     category: Annotated[list[str] | None, typer.Option(metavar="CHOICE", help="CATEGORY.CHANNEL=on or =off; repeatable.")] = None,
@@ -132,12 +138,14 @@ def set_(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Change some of a user's preferences; what is not given stays as it is."""
     settings, _ = load_settings(os.environ)
-    given = {"userId": user, "email": email, "name": name, "phone": phone, "devices": device, "locale": locale, "timeZone": time_zone}
+    given = {"userId": user, "email": email, "name": name, "phone": phone, "locale": locale, "timeZone": time_zone}
+    devices = device or ([] if no_device else None)
     categories = parse_choices(category or [])
     try:
-        wish = parse_wish({**given, "categories": categories or None}, expected_version=expected_version)
+        wish = parse_wish({**given, "devices": devices, "categories": categories or None}, expected_version=expected_version)
     except InvalidEventError as error:
         raise CliError(f"Not a preference: {error}.") from error
+    wish = replace(wish, adds_devices=bool(device) and not no_device)
     if wish == Wish(user_id=user, expected_version=expected_version):
         raise CliError("Nothing to change was given. `notify prefs set --help` lists the options.")
     with Wire(settings) as wire:
@@ -276,8 +284,8 @@ def mask(contact: Contact) -> Contact:
 
 
 def _mask_device(device: str) -> str:
-    kind, colon, _ = device.partition(":")
-    return f"{kind}:•••" if colon and kind in _DEVICES else "•••"
+    kind = route_of(device)
+    return "•••" if kind is None else f"{kind}:•••"
 
 
 def find_preferences(settings: Settings, wire: Wire, user_id: str) -> UserPreferences | None:
@@ -399,7 +407,12 @@ def _devices(value: object) -> list[str] | None:
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise InvalidEventError("devices", "is no list of device tokens")
+        raise InvalidEventError("devices", "is no list of devices such as fcm:TOKEN")
+    for number, device in enumerate(value, 1):
+        try:
+            parse_device(device)
+        except ValueError as error:
+            raise InvalidEventError("devices", f"{error}: number {number}") from None
     return value
 
 

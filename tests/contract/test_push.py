@@ -25,9 +25,10 @@ from channels import apns, fcm, webpush
 from channels.apns import ApnsChannel
 from channels.base import Channel, OnUnknown, Receipt
 from channels.config import ProviderConfig, parse_providers
+from channels.devices import Kind, parse_device, route_of, to_base64url
 from channels.fcm import FcmChannel
 from channels.http2 import Http2Client, client_context, steady, varying
-from channels.push import MAX_TTL_SECONDS, Kind, parse_device, replaces, route_of, to_base64url
+from channels.push import MAX_TTL_SECONDS, replaces
 from channels.simulators.apns import ApnsSimulator
 from channels.simulators.authority import make_authority
 from channels.simulators.fcm import FcmSimulator

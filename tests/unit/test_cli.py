@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,8 @@ def test_a_wish_says_only_what_is_given() -> None:
         ("phone", 441_234),
         ("devices", "abc123"),
         ("devices", [1]),
+        ("devices", ["fcm:good", "device-7f3a91"]),
+        ("devices", ["webpush:{}"]),
         ("timeZone", "Mars/Olympus"),
         ("timeZone", "../../etc/passwd"),
         ("categories", []),
@@ -381,6 +384,22 @@ def test_a_preference_that_makes_no_sense_is_named_but_never_repeated(field: str
         parse_wish({"userId": "u", field: value})
     assert str(caught.value).startswith(field)
     assert not isinstance(value, str) or not value or value not in str(caught.value)
+
+
+def test_a_device_that_is_none_is_refused_and_not_repeated(home: dict[str, str]) -> None:
+    result = run("prefs", "set", "u", "--device", "fcm:good", "--device", "planted device", env={**home, **SYSTEM})
+    assert result.exit_code == 1
+    assert "devices" in result.stderr
+    assert "number 2" in result.stderr
+    assert "planted" not in result.stderr
+
+
+def test_devices_replace_those_stored_unless_they_are_added() -> None:
+    wish = parse_wish({"userId": "u", "devices": ["fcm:t"]})
+    now = datetime.now(UTC)
+    commands = [each.command(b"k" * 32, now) for each in (wish, replace(wish, adds_devices=True))]
+    assert [command.kind for command in commands] == ["set_preferences", "add_device"]
+    assert parse_wish({"userId": "u", "devices": []}).contact == Contact(devices=[])
 
 
 def test_the_sample_preferences_are_all_accepted() -> None:

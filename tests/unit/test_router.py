@@ -13,7 +13,7 @@ from sortedcontainers import SortedDict
 
 from agents.control import Control, category_scope
 from agents.ports import Effects, KnownSource, Source
-from agents.router import CHUNK_USERS, KEYS, MAX_WATCHES, PREFERENCES, SEEN, SUBJECTS, WATCHES, WATCHING, Router
+from agents.router import CHUNK_USERS, KEYS, MAX_DEVICES, MAX_WATCHES, PREFERENCES, SEEN, SUBJECTS, WATCHES, WATCHING, Router
 from agents.triggers import RULES
 from schemas.codec import Codec, pack, unpack
 from schemas.errors import InvalidEventError, TemplateError, UnknownRuleError, VersionConflictError
@@ -254,6 +254,66 @@ def test_a_command_merges_only_what_it_gives() -> None:
     assert stored.sealed is not None
     contact = unpack(unseal(desk.key(), stored.sealed, user_id=USER, purpose="contact"), Contact)
     assert contact == Contact(name="Ada", email="a@example.com", phone="+31201234567")
+
+
+def contact_of(desk: Desk) -> Contact:
+    stored = desk.stored()
+    assert stored.sealed is not None
+    return unpack(unseal(desk.key(), stored.sealed, user_id=USER, purpose="contact"), Contact)
+
+
+def devices(desk: Desk, *addresses: str) -> bytes:
+    return seal(desk.key(), pack(Contact(devices=list(addresses))), user_id=USER, purpose="contact")
+
+
+def test_a_device_comes_to_those_that_a_user_has_and_the_oldest_goes_when_there_are_too_many() -> None:
+    desk = Desk()
+    desk.reach(email="a@example.com", devices=["fcm:a"])
+    desk.command(kind="add_device", sealed=devices(desk, "apns:00", "fcm:a"), locale="de")
+    assert contact_of(desk) == Contact(email="a@example.com", devices=["fcm:a", "apns:00"])
+    assert desk.stored().locale == "de"
+    for number in range(MAX_DEVICES):
+        desk.command(kind="add_device", sealed=devices(desk, f"fcm:{number}"))
+    assert contact_of(desk).devices == [f"fcm:{number}" for number in range(MAX_DEVICES)]
+    desk.command(sealed=devices(desk))
+    assert contact_of(desk).devices == []
+
+
+def test_a_device_that_is_gone_is_removed_once_and_nothing_else_changes() -> None:
+    desk = Desk()
+    desk.reach(email="a@example.com", devices=["fcm:a", "apns:00", "fcm:b"])
+    desk.command(categories={"payments": {"push": True}})
+    before, gone = desk.stored(), devices(desk, "apns:00")
+    desk.command(kind="remove_device", sealed=gone)
+    assert contact_of(desk) == Contact(email="a@example.com", devices=["fcm:a", "fcm:b"])
+    assert replace(desk.stored(), sealed=None) == replace(before, version=before.version + 1, sealed=None)
+    after = desk.stored()
+    desk.command(kind="remove_device", sealed=gone)
+    desk.command(kind="remove_device", sealed=devices(desk, "fcm:never"))
+    desk.command(kind="remove_device")
+    assert desk.stored() == after
+    desk.command(kind="remove_device", sealed=devices(desk, "fcm:a", "fcm:b"))
+    assert contact_of(desk).devices == []
+    assert [choice.reason for choice in of(desk.ask(request()), DecisionRecord)[0].channels if choice.channel == "push"] == ["no_address"]
+
+
+def test_a_device_of_a_user_who_was_erased_is_gone_already() -> None:
+    desk = Desk()
+    desk.reach(devices=["fcm:a"])
+    gone = devices(desk, "fcm:a")
+    desk.command(kind="forget")
+    desk.command(kind="remove_device", sealed=gone)
+    assert not desk.state[PREFERENCES]
+    assert not desk.state[KEYS]
+    other = seal(b"x" * 32, pack(Contact(devices=["fcm:a"])), user_id=USER, purpose="contact")  # by a key that was destroyed
+    desk.reach(devices=["fcm:a"])
+    desk.command(kind="remove_device", sealed=other)
+    assert contact_of(desk).devices == ["fcm:a"]
+
+
+def test_a_command_of_no_known_kind_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(InvalidEventError, match="remove_device"):
+        Desk().command(kind="dance")
 
 
 def test_a_change_based_on_another_version_is_refused() -> None:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Self, cast
 
 from channels import smpp_pdu
+from channels.simulators.pace import Pace
 from channels.simulators.script import Behaviour, Script, magic
 from channels.smpp_pdu import RESPONSE, Address, Bind, Coding, Command, EsmClass, MessageState, Pdu, Short, Status, Tag, WireError
 from channels.sms import decode_gsm7, encode_gsm7
@@ -109,7 +110,7 @@ class SmppSimulator:
         self._server: asyncio.Server | None = None
         self._peers: list[_Peer] = []
         self._next_id = 0x18A80000 + self._chance.randrange(0x10000)
-        self._taken: deque[float] = deque()  # of the last second
+        self._pace = Pace()
         self._incomplete: OrderedDict[tuple[str, str, int], dict[int, Segment]] = OrderedDict()
         self._outgoing: deque[Short] = deque(maxlen=MAX_REMEMBERED)
         self._timers: set[asyncio.TimerHandle] = set()
@@ -216,7 +217,7 @@ class SmppSimulator:
             refusal = Status.ESME_RSYSERR
         elif peer.open_submits >= self._window:
             refusal = Status.ESME_RMSGQFUL
-        elif self._is_too_fast(now):
+        elif self._pace.is_exceeded(self.script.per_second, now):
             refusal = Status.ESME_RTHROTTLED
         peer.open_submits += 1
         seconds = self.script.seconds(self._chance)
@@ -360,16 +361,6 @@ class SmppSimulator:
 
         timer = asyncio.get_running_loop().call_later(seconds, run)
         self._timers.add(timer)
-
-    def _is_too_fast(self, now: float) -> bool:
-        if not self.script.per_second:
-            return False
-        while self._taken and self._taken[0] <= now - 1:
-            self._taken.popleft()
-        if len(self._taken) >= self.script.per_second:
-            return True
-        self._taken.append(now)
-        return False
 
 
 class _Peer(asyncio.Protocol):

@@ -118,8 +118,8 @@ def build(config: ProviderConfig, ports: Ports) -> TwilioChannel:
 def verify_twilio(url: str, params: Mapping[str, str | Sequence[str]], signature: str, token: str) -> bool:
     """Say whether `signature` (X-Twilio-Signature) is of the account with `token`, over a form posted to `url`.
 
-    `url`: as it was given to Twilio, with its query; with and without the port that its scheme implies it is the same. A
-    parameter that comes several times has a list. A wrong signature takes as long as a right one.
+    `url`: as it was given to Twilio, with its query. Whether its port was signed too depends on Twilio's age: both
+    are taken. A parameter that comes several times has a list. A wrong signature takes as long as a right one.
     Source: twilio.com/docs/usage/security, and the request validator of Twilio's own libraries.
     """
     given = signature.encode("utf-8", "replace")
@@ -435,15 +435,14 @@ def _retry_after(text: str | None, now: datetime) -> float | None:
 
 
 def _forms(url: str) -> list[str]:
-    """Return `url` as it came, and with and without the port that its scheme implies."""
+    """Return `url` as it came, without its port, and with the port that its scheme implies: Twilio signs one of these."""
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname or ""
     except ValueError:
         return [url]
-    implied = {"https": 443, "http": 80}.get(parts.scheme)
-    if implied is None or port not in {None, implied}:
-        return [url]
     host = f"[{host}]" if ":" in host else host
     userinfo = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
-    return list(dict.fromkeys([url, *(urlunsplit(parts._replace(netloc=f"{userinfo}{host}{end}")) for end in ("", f":{implied}"))]))
+    implied = {"https": 443, "http": 80}.get(parts.scheme)
+    ends = ["", f":{implied}"] if port in {None, implied} and implied else [""]
+    return list(dict.fromkeys([url, *(urlunsplit(parts._replace(netloc=f"{userinfo}{host}{end}")) for end in ends)]))

@@ -26,29 +26,55 @@ class _Progress:
 class Http1Client:
     """Requests to one origin, such as `https://push.example`. Each runs on a connection of its own, kept for the next."""
 
-    def __init__(
-        self, origin: str, *, tls: ssl.SSLContext | None, max_open: int, connect_seconds: float = 5.0, total_seconds: float = 12.0
+    def __init__(  # noqa: PLR0913 - limits, each by name
+        self,
+        origin: str,
+        *,
+        tls: ssl.SSLContext | None,
+        max_open: int,
+        connect_seconds: float = 5.0,
+        total_seconds: float = 12.0,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         self._origin = origin
         self._tls = tls
         self._max_open = max_open
         # the connector never waits for a free connection: it has as many as there are calls at once
         self._timeout = aiohttp.ClientTimeout(total=total_seconds, connect=connect_seconds)
+        self._max_answer_bytes = max_answer_bytes
         self._session: aiohttp.ClientSession | None = None
         self._is_open = True
 
     async def post(self, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> Answer:
         """Send one request and return its answer, as `Http2Client.post` does. Follows no redirection."""
+        return await self._ask("POST", path, headers, body)
+
+    async def get(self, path: str, headers: Sequence[tuple[bytes, bytes]]) -> Answer:
+        """Ask for `path` and its query. As `post`, but raises ProviderUnavailableError alone: asking again changes nothing."""
+        try:
+            return await self._ask("GET", path, headers, None)
+        except SendUnknownError as error:
+            raise ProviderUnavailableError(str(error), code=error.code) from None
+
+    async def _ask(self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes | None) -> Answer:
         if not self._is_open:
             raise ProviderUnavailableError("the channel is closed", code="closed")
         progress = _Progress()
         named = {name.decode("ascii"): value.decode("ascii") for name, value in headers}
         try:
-            async with self._opened().post(path, headers=named, data=body, allow_redirects=False, trace_request_ctx=progress) as answer:
-                text = await answer.content.read(MAX_ANSWER_BYTES)
-                return Answer(status=answer.status, headers={name.lower(): value for name, value in answer.headers.items()}, body=text)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            # no cause: their texts quote the path, which is an address
+            async with self._opened().request(
+                method, path, headers=named, data=body, allow_redirects=False, trace_request_ctx=progress
+            ) as answer:
+                text = bytearray()
+                async for chunk in answer.content.iter_chunked(2**16):
+                    text += chunk
+                    if len(text) > self._max_answer_bytes:
+                        raise ValueError("the answer has no end")
+                return Answer(
+                    status=answer.status, headers={name.lower(): value for name, value in answer.headers.items()}, body=bytes(text)
+                )
+        except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
+            # RuntimeError: closed meanwhile. No cause: their texts quote the path, which is an address
             raise _meaning(error, is_leaving=progress.is_leaving) from None
 
     async def close(self) -> None:

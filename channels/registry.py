@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from channels import apns, email, fcm, webpush
+from channels import apns, email, fcm, smpp, twilio, webpush
 from channels.absent import AbsentChannel
 from channels.in_app import InAppChannel
 from schemas import topics
@@ -23,6 +23,10 @@ BUILDERS: Mapping[str, Callable[[ProviderConfig, Ports], Channel]] = {
     "fcm": fcm.build,
     "apns": apns.build,
     "webpush": webpush.build,
+    "smpp": smpp.build,
+    "smpps": smpp.build,
+    "twilio": twilio.build,
+    "twilio+http": twilio.build,  # to a simulator on this host
 }
 
 

@@ -31,11 +31,12 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
-import aiohttp
 import orjson
 
 from channels import sms
 from channels.base import OnUnknown, Receipt
+from channels.http1 import Http1Client
+from channels.http2 import Answer
 from channels.options import one_of, trust_in, whole
 from schemas import topics
 from schemas.errors import (
@@ -58,9 +59,7 @@ if TYPE_CHECKING:
 REPORTED_AS: Final = "twilio"
 REFERENCE: Final = "reference"  # in the query of a callback's URL
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
-_CONNECT_SECONDS: Final = 5.0
 _TOTAL_SECONDS: Final = 12.0  # of one request; shorter than a drain (streams.runner.DRAIN_SECONDS)
-_IDLE_SECONDS: Final = 15.0  # shorter than Twilio allows: few requests meet a connection that is just ending
 _UNKNOWN_SECONDS: Final = 600.0
 _MAX_ANSWER_BYTES: Final = 2**20
 _MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
@@ -206,7 +205,9 @@ class TwilioChannel:
         self._tls_context = tls_context
         self._total_seconds = total_seconds
         self._path = f"/2010-04-01/Accounts/{quote(account.sid, safe='')}/Messages.json"
-        self._session: aiohttp.ClientSession | None = None
+        credentials = base64.b64encode(f"{account.sid}:{account.token}".encode())
+        self._headers = [(b"Authorization", b"Basic " + credentials), (b"Content-Type", b"application/x-www-form-urlencoded")]
+        self._http: Http1Client | None = None
         # of messages that were accepted here: their SID, and our name of the delivery
         self._accepted: OrderedDict[str, str] = OrderedDict()
 
@@ -219,21 +220,17 @@ class TwilioChannel:
 
     async def open(self) -> None:
         """Load the trusted authorities, where TLS is wanted. Connects only when there is something to send."""
-        if self._session is not None:
+        if self._http is not None:
             return
-        if self._account.origin.startswith("https:") and self._tls_context is None:
+        is_secure = self._account.origin.startswith("https:")
+        if is_secure and self._tls_context is None:
             self._tls_context = await asyncio.to_thread(ssl.create_default_context)
-        trace = aiohttp.TraceConfig()
-        trace.on_request_headers_sent.append(_began)
-        self._session = aiohttp.ClientSession(
+        self._http = Http1Client(
             self._account.origin,
-            # as many connections as calls at once: none waits for another
-            connector=aiohttp.TCPConnector(ssl=self._tls_context or True, limit=self.max_open, keepalive_timeout=_IDLE_SECONDS),
-            auth=aiohttp.BasicAuth(self._account.sid, self._account.token, encoding="utf-8"),
-            timeout=aiohttp.ClientTimeout(total=self._total_seconds, connect=_CONNECT_SECONDS),
-            trace_configs=[trace],
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
+            tls=self._tls_context if is_secure else None,
+            max_open=self.max_open,
+            total_seconds=self._total_seconds,
+            max_answer_bytes=_MAX_ANSWER_BYTES,
         )
 
     async def send(self, delivery: Delivery, content: Content) -> Receipt:
@@ -249,7 +246,7 @@ class TwilioChannel:
         if self._callback_url is not None:
             joint = "&" if urlsplit(self._callback_url).query else "?"
             form["StatusCallback"] = f"{self._callback_url}{joint}{urlencode({REFERENCE: _reference(delivery)})}"
-        answer = await self._ask("POST", form)
+        answer = _Answer.of(await self._opened().post(self._path, self._headers, urlencode(form).encode("ascii")))
         if answer.status // 100 != 2:
             raise _meaning(answer)
         sid = answer.value.get("sid")
@@ -271,11 +268,9 @@ class TwilioChannel:
             number, text = sms.carried(content.address, self.routes), self._text(content)
         except ProviderRejectedError:
             return None  # it was never sent
-        try:
-            # no filter by the day sent: what is queued has none
-            answer = await self._ask("GET", {"To": number.e164, "PageSize": str(_PAGE_SIZE)})
-        except SendUnknownError as error:
-            raise ProviderUnavailableError(f"Twilio does not tell: {error.code}", code=error.code) from None
+        # no filter by the day sent: what is queued has none
+        query = urlencode({"To": number.e164, "PageSize": _PAGE_SIZE})
+        answer = _Answer.of(await self._opened().get(f"{self._path}?{query}", self._headers[:1]))
         if answer.status != 200:
             meaning = _meaning(answer)
             is_passing = isinstance(meaning, ProviderThrottledError | ProviderUnavailableError)
@@ -293,9 +288,9 @@ class TwilioChannel:
 
     async def close(self) -> None:
         """End every connection. Calls that run fail."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        http, self._http = self._http, None
+        if http is not None:
+            await http.close()
 
     def _text(self, content: Content) -> str:
         if not content.text:
@@ -306,36 +301,10 @@ class TwilioChannel:
         account = self._account
         return {"MessagingServiceSid": account.service} if account.service else {"From": account.sender}
 
-    async def _ask(self, method: str, form: Mapping[str, str]) -> _Answer:
-        """Send one request. Raises ProviderUnavailableError when it did not leave, and SendUnknownError when it may have."""
-        if self._session is None:
+    def _opened(self) -> Http1Client:
+        if self._http is None:
             raise ProviderUnavailableError("the channel is closed", code="closed")
-        progress = _Progress()
-        is_get = method == "GET"
-        try:
-            async with self._session.request(
-                method,
-                self._path,
-                params=form if is_get else None,
-                data=None if is_get else form,
-                allow_redirects=False,
-                trace_request_ctx=progress,
-            ) as answer:
-                body = b""
-                async for chunk in answer.content.iter_chunked(2**16):
-                    body += chunk
-                    if len(body) > _MAX_ANSWER_BYTES:
-                        raise ValueError("the answer does not end")
-                return _Answer.of(answer.status, answer.headers, body)
-        except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
-            # RuntimeError: closed meanwhile. No cause: their texts may quote the request
-            raise _broken(error, is_leaving=progress.is_leaving) from None
-
-
-class _Progress:
-    """How far a request came."""
-
-    is_leaving = False
+        return self._http
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -348,34 +317,19 @@ class _Answer:
     ahead: timedelta
 
     @classmethod
-    def of(cls, status: int, headers: Mapping[str, str], body: bytes) -> _Answer:
+    def of(cls, answer: Answer) -> _Answer:
         try:
-            value = orjson.loads(body)
+            value = orjson.loads(answer.body)
         except orjson.JSONDecodeError:
             value = None
         now = datetime.now(UTC)
-        at = _moment(headers.get("Date"))
+        at = _moment(answer.headers.get("date"))
         return cls(
-            status=status,
+            status=answer.status,
             value=value if isinstance(value, dict) else {},
-            retry_after_seconds=_retry_after(headers.get("Retry-After"), now),
+            retry_after_seconds=_retry_after(answer.headers.get("retry-after"), now),
             ahead=timedelta(0) if at is None else at - now,
         )
-
-
-async def _began(_: aiohttp.ClientSession, context: object, __: aiohttp.TraceRequestHeadersSentParams) -> None:
-    progress = getattr(context, "trace_request_ctx", None)
-    assert isinstance(progress, _Progress)
-    progress.is_leaving = True
-
-
-def _broken(error: Exception, *, is_leaving: bool) -> ProviderUnavailableError | SendUnknownError:
-    if is_leaving:
-        is_garbage = isinstance(error, aiohttp.ClientResponseError | aiohttp.ClientPayloadError | ValueError)
-        code = "timeout" if isinstance(error, TimeoutError) else "protocol" if is_garbage else "connection"
-        return SendUnknownError(f"no answer came from Twilio: {code}", code=code)
-    code = "tls" if isinstance(error, aiohttp.ClientSSLError | ssl.SSLError) else "connect"
-    return ProviderUnavailableError(f"no connection to Twilio: {code}", code=code)
 
 
 def _meaning(answer: _Answer) -> NotifyError:

@@ -28,6 +28,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, b
 
 from schemas.errors import SettingsError
 from streams.topics import Count, TopicSpec, physical
+from streams.transport.admin import patiently
 
 T = TypeVar("T")
 ANSWER_SECONDS = 10.0
@@ -183,8 +184,13 @@ def start_group(admin: AdminClient, group: str, topics: Sequence[str], at: Start
     if not unset:
         return {}
     spec = offset_spec(at)
-    futures = admin.list_offsets(dict.fromkeys(unset, spec), request_timeout=ANSWER_SECONDS)
-    offsets = [TopicPartition(place.topic, place.partition, future.result(ANSWER_SECONDS).offset) for place, future in futures.items()]
+
+    def found() -> list[TopicPartition]:
+        futures = admin.list_offsets(dict.fromkeys(unset, spec), request_timeout=ANSWER_SECONDS)
+        return [TopicPartition(place.topic, place.partition, future.result(ANSWER_SECONDS).offset) for place, future in futures.items()]
+
+    # topics made a moment ago: the broker that leads them may not know yet that it does
+    offsets = patiently(found)
     request = ConsumerGroupTopicPartitions(group, offsets)
     for future in admin.alter_consumer_group_offsets([request], request_timeout=ANSWER_SECONDS).values():
         _check_offsets(_result(future).topic_partitions)

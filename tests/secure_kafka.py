@@ -84,6 +84,7 @@ class SecureBroker(KafkaBroker):
     """
 
     heap_megabytes = 256
+    has_short_life = True
 
     def __init__(self, folder: Path, authority: Authority, *, heard: Mapping[str, int], controller_port: int) -> None:
         super().__init__(folder, port=heard["SCRAM"], controller_port=controller_port, env=os.environ)
@@ -183,6 +184,7 @@ class CompanyBroker(KafkaBroker):
     """One of several brokers."""
 
     heap_megabytes = 256
+    has_short_life = True
     replication = 3
 
     def __init__(self, folder: Path, *, number: int, ports: Sequence[int], controller_ports: Sequence[int]) -> None:

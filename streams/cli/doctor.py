@@ -35,6 +35,7 @@ from streams.roles import Role
 from streams.settings import CLIENT_NEEDS, Settings
 from streams.topics import DEAD_MAX_BYTES, INBOUND_MAX_BYTES, physical, specs
 from streams.topology import TOPOLOGY
+from streams.transport.admin import patiently
 
 TIMEOUT_SECONDS = 5.0
 MAX_CLOCK_DIFFERENCE_SECONDS = 2.0  # HTTP dates have whole seconds
@@ -231,13 +232,14 @@ def _lag(admin: AdminClient, group: str, places: list[TopicPartition]) -> int | 
     if not committed:
         return None
     read = [TopicPartition(topic, number) for topic, number in committed]
-    futures = admin.list_offsets(
-        dict.fromkeys(read, provisioning.offset_spec(provisioning.StartAt.LATEST)), request_timeout=TIMEOUT_SECONDS
-    )
+    asked = dict.fromkeys(read, provisioning.offset_spec(provisioning.StartAt.LATEST))
+
+    def ends() -> dict[tuple[str, int], int]:
+        futures = admin.list_offsets(asked, request_timeout=TIMEOUT_SECONDS)
+        return {(place.topic, place.partition): future.result(2 * TIMEOUT_SECONDS).offset for place, future in futures.items()}
+
     # the last place of a partition may be a commit marker, which no consumer's position passes until there is more to read
-    behind: list[int] = [
-        future.result(2 * TIMEOUT_SECONDS).offset - committed[place.topic, place.partition] for place, future in futures.items()
-    ]
+    behind = [end - committed[place] for place, end in patiently(ends, seconds=TIMEOUT_SECONDS).items()]
     return sum(records for records in behind if records > 1)
 
 

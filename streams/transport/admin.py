@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import TypeVar, cast
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -14,6 +15,7 @@ from confluent_kafka.admin._listoffsets import OffsetSpec
 from schemas.errors import SettingsError
 from streams.transport.cluster import Cluster
 
+T = TypeVar("T")
 _CALL_SECONDS = 30.0
 _TRY_SECONDS = 3.0
 _PAUSE_SECONDS = 0.1
@@ -66,10 +68,15 @@ def offset_bounds(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[t
     """Return (first offset, end offset of what is committed) for each (topic, partition). Raises KafkaException."""
     if not places:
         return {}
-    deadline = time.monotonic() + _CALL_SECONDS
+    return patiently(partial(_offset_bounds, cluster, places))
+
+
+def patiently(ask: Callable[[], T], *, seconds: float = _CALL_SECONDS) -> T:
+    """Return what `ask` answers, again and again for `seconds` while the cluster is only between two states. Raises KafkaException."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
-            return _offset_bounds(cluster, places)
+            return ask()
         except KafkaException as error:
             cause: KafkaError = error.args[0]
             if not (cause.retriable() or cause.code() in PASSING) or time.monotonic() > deadline:

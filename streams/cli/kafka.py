@@ -22,6 +22,10 @@ FETCH_RECORDS = 5_000
 # the client connects again by itself; the silence is what is measured
 _PASSING = frozenset({KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT})  # noqa: SLF001 - public, for all their underscores
 
+# what a topic answers that was made, or changed its leader, a moment ago
+_LEADERLESS = frozenset({KafkaError.LEADER_NOT_AVAILABLE, KafkaError.NOT_LEADER_FOR_PARTITION})
+_PAUSE_SECONDS = 0.1
+
 Progress = Callable[[int], None]
 # line or item, what went wrong
 Failure = tuple[int, str]
@@ -80,11 +84,20 @@ class Reader:
 
     def sizes(self) -> dict[int, tuple[int, int]]:
         """Return the first and the next offset of each partition."""
-        found: dict[int, tuple[int, int]] = {}
-        for number in self._starts:
-            offsets = self._consumer.get_watermark_offsets(TopicPartition(self._topic, number), timeout=ANSWER_SECONDS)
-            found[number] = offsets
-        return found
+        return {number: self._size(number) for number in self._starts}
+
+    def _size(self, number: int) -> tuple[int, int]:
+        deadline = time.monotonic() + SILENCE_SECONDS
+        while True:
+            try:
+                offsets: tuple[int, int] = self._consumer.get_watermark_offsets(TopicPartition(self._topic, number), timeout=ANSWER_SECONDS)
+            except KafkaException as error:
+                if error.args[0].code() not in _LEADERLESS or time.monotonic() > deadline:
+                    raise
+            else:
+                return offsets
+            time.sleep(_PAUSE_SECONDS)
+            self._consumer.list_topics(self._topic, timeout=ANSWER_SECONDS)  # who leads now
 
     def offsets_at(self, since_ms: int) -> dict[int, int]:
         """Return each partition's first offset with a timestamp from `since_ms` on; its end when there is none."""

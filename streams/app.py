@@ -89,6 +89,7 @@ from streams.transport.faust_parts import BatchSchema, BatchTableManager, Notify
 from streams.transport.reader import Batch
 from streams.transport.records import Record
 from streams.unsubscribe import unsubscribe_url
+from streams.views.callbacks import Callbacks, fetch_from_amazon, install_callbacks, twilio_callback_url
 from streams.views.pages import Health, OperationsContext, WebContext, install, install_operations
 from streams.views.requests import Asking, Rates, install_requests
 from streams.views.unsubscribe import install_unsubscribe
@@ -310,7 +311,7 @@ class Worker(NotifyApp):
             max_open=self.settings.max_open_attempts,
             report=self._report,
             unsubscribe_url=self._unsubscribe_url,
-            callback_url=lambda _provider: None,
+            callback_url=partial(twilio_callback_url, self.settings.callback_url),
         )
 
     def _unsubscribe_url(self, delivery: Delivery, address: str) -> str | None:
@@ -651,6 +652,15 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
         install(app, context)
         install_requests(app, Asking(templates=Templates(), rates=Rates(per_second=settings.posts_per_second)))
         install_unsubscribe(app)
+        callbacks = Callbacks(
+            public_url=settings.callback_url,
+            tokens={each.name: each.password for each in settings.providers if each.scheme.startswith("twilio")},
+            ses_topics=settings.ses_topics,
+            keys=settings.callback_keys,
+            fetch=fetch_from_amazon,
+            count=lambda source, outcome: app.metrics.callbacks.labels(source, outcome).inc(),
+        )
+        install_callbacks(app, callbacks)
     else:
         install_operations(app, operations)
     return app

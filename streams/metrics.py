@@ -64,4 +64,7 @@ class Metrics:
         self.unknown = gauge("unknown_deliveries", "Deliveries that may have arrived, and nothing has settled it yet.", "channel")
         self.settled = counter("settled_total", "Deliveries of unknown end that a provider's report settled.", "channel", "status")
         self.suppressions = counter("suppressions_total", "Addresses to which nothing more is sent, by why.", "channel", "reason")
+        self.callbacks = counter(
+            "callbacks_total", "Calls by which providers report on deliveries, by what became of them.", "source", "outcome"
+        )
         self.paused = gauge("paused_partitions", "Partitions that wait because their provider does not answer.", "channel")

@@ -32,7 +32,7 @@ OUTSIDE: Mapping[str, Outside] = {
     **dict.fromkeys(REQUESTS, Outside(writers=(OTHER_SERVICES, WEB, CLI))),
     topics.COMMANDS: Outside(writers=(WEB, CLI)),
     topics.CONTROL: Outside(writers=(WEB, CLI)),
-    topics.RECEIPTS: Outside(writers=(CLI,)),
+    topics.RECEIPTS: Outside(writers=(WEB, CLI)),
     topics.REDRIVEN: Outside(writers=(CLI,), readers=(CLI,)),
     topics.SIGNALS: Outside(writers=(WEB, CLI)),
     topics.PREFERENCES: Outside(readers=(CLI,)),

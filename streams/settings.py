@@ -18,6 +18,7 @@ from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from channels.config import ProviderConfig, parse_providers, parse_providers_file, smtp_provider
+from channels.signing import parse_secret
 from schemas.errors import SettingsError
 from schemas.topics import Lane, Tier
 from streams.roles import Role
@@ -68,6 +69,9 @@ class Settings:
     lane_shares: Mapping[Lane, float] = field(default_factory=lambda: dict(DEFAULT_LANE_SHARES))
     sms_countries: frozenset[str] | None = None
     public_url: str = ""
+    callback_url: str = ""
+    callback_keys: tuple[bytes, ...] = field(default=(), repr=False)
+    ses_topics: frozenset[str] = frozenset()
 
     @property
     def counts(self) -> Mapping[Count, int]:
@@ -119,6 +123,7 @@ class Settings:
             needs = needs if env.get("NOTIFY_PROVIDERS") or env.get("NOTIFY_PROVIDERS_FILE") else needs | {"NOTIFY_SMTP_URL"}
         if role is Role.STORE:
             needs = needs | {"NOTIFY_POSTGRES_URL"}
+        public_url = read("NOTIFY_PUBLIC_URL", _http_url, "")
         settings = cls(
             env=read("NOTIFY_ENV", _word, "dev"),
             role=role,
@@ -162,7 +167,10 @@ class Settings:
             providers=_providers(env, problems),
             lane_shares=read("NOTIFY_LANE_SHARES", _lane_shares, DEFAULT_LANE_SHARES),
             sms_countries=read("NOTIFY_SMS_COUNTRIES", _countries, None),
-            public_url=read("NOTIFY_PUBLIC_URL", _http_url, ""),
+            public_url=public_url,
+            callback_url=read("NOTIFY_CALLBACK_URL", _http_url, public_url),
+            callback_keys=read("NOTIFY_CALLBACK_SECRETS", _callback_keys, ()),
+            ses_topics=read("NOTIFY_SES_TOPICS", _ses_topics, frozenset()),
         )
         problems += _contradictions(settings, {problem.partition(" ")[0].rstrip(":") for problem in problems})
         unknown = sorted(name for name in env if name.startswith("NOTIFY_") and name not in VARIABLES)
@@ -227,6 +235,9 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_LANE_SHARES": "what part of each provider's quota a lane may use, in percent: critical,normal,bulk; default 50,30,20",
     "NOTIFY_SMS_COUNTRIES": "countries whose numbers may be sent SMS, such as DE,AT,CH; default: all",
     "NOTIFY_PUBLIC_URL": "what recipients and providers reach the web of views by: links to unsubscribe begin so; default: no links",
+    "NOTIFY_CALLBACK_URL": "what providers reach the web of views by, for their reports; default: NOTIFY_PUBLIC_URL",
+    "NOTIFY_CALLBACK_SECRETS": "secrets (whsec_…) that sign reports to /callbacks/receipts, between spaces; secret; default: none",
+    "NOTIFY_SES_TOPICS": "topics of Amazon SNS that may report on mails (arn:aws:sns:…), between spaces; default: none",
     "NOTIFY_CACHE_DIR": "where `notify up` keeps downloads; default ~/.cache/flowmart-notify",
 }
 SECRETS = frozenset(
@@ -235,6 +246,7 @@ SECRETS = frozenset(
         "NOTIFY_TOKEN_KEY",
         "NOTIFY_SMTP_URL",
         "NOTIFY_PROVIDERS",
+        "NOTIFY_CALLBACK_SECRETS",
         "NOTIFY_POSTGRES_URL",
         "NOTIFY_KAFKA_PASSWORD",
         "NOTIFY_KAFKA_KEY_PASSWORD",
@@ -311,7 +323,7 @@ def _providers(env: Mapping[str, str], problems: list[str]) -> tuple[ProviderCon
             found += parse_providers_file(Path(file).expanduser().read_text("utf-8"), env)
     except SettingsError as error:
         problems += [f"NOTIFY_PROVIDERS: {problem}" for problem in error.problems]
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         problems.append(f"NOTIFY_PROVIDERS_FILE: {file!r} cannot be read: {type(error).__name__}")
     problems += [f"NOTIFY_PROVIDERS: there are two providers called {name}" for name in _doubled(each.name for each in found)]
     return tuple(found)
@@ -345,6 +357,20 @@ def _countries(text: str) -> frozenset[str]:
     if not all(re.fullmatch(r"[A-Z]{2}", country) for country in countries):
         raise ValueError("is not a list of two-letter countries")
     return frozenset(countries)
+
+
+def _callback_keys(text: str) -> tuple[bytes, ...]:
+    try:
+        return tuple(parse_secret(each) for each in text.split())
+    except ValueError as error:
+        raise ValueError(f"has one that {error}") from None
+
+
+def _ses_topics(text: str) -> frozenset[str]:
+    topics = frozenset(text.split())
+    if not all(re.fullmatch(r"arn:aws[a-z-]*:sns:[a-z0-9-]+:\d{12}:[A-Za-z0-9_.-]{1,256}", topic) for topic in topics):
+        raise ValueError("is not a list of topics such as arn:aws:sns:eu-west-1:123456789012:ses-events")
+    return topics
 
 
 def _smtp_url(text: str) -> str:

@@ -29,6 +29,7 @@ class ProblemType(StrEnum):
     BAD_REQUEST = "bad-request"
     UNAUTHORIZED = "unauthorized"
     FORBIDDEN = "forbidden"
+    BAD_SIGNATURE = "bad-signature"
     NOT_FOUND = "not-found"
     METHOD_NOT_ALLOWED = "method-not-allowed"
     TOO_LARGE = "too-large"
@@ -45,6 +46,7 @@ _KINDS: Mapping[ProblemType, tuple[HTTPStatus, str]] = {
     ProblemType.BAD_REQUEST: (HTTPStatus.BAD_REQUEST, "The request is not valid"),
     ProblemType.UNAUTHORIZED: (HTTPStatus.UNAUTHORIZED, "A valid token is required"),
     ProblemType.FORBIDDEN: (HTTPStatus.FORBIDDEN, "The token does not allow this"),
+    ProblemType.BAD_SIGNATURE: (HTTPStatus.FORBIDDEN, "The signature is not valid"),
     ProblemType.NOT_FOUND: (HTTPStatus.NOT_FOUND, "Not found"),
     ProblemType.METHOD_NOT_ALLOWED: (HTTPStatus.METHOD_NOT_ALLOWED, "Method not allowed"),
     ProblemType.TOO_LARGE: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request is too large"),

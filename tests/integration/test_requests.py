@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -11,27 +12,34 @@ from typing import Any
 
 import aiohttp
 import pytest
+from standardwebhooks import Webhook
 
+from agents.control import Control
 from schemas import topics
 from schemas.errors import ProviderUnavailableError
 from schemas.ids import is_notification_id, notification_id, partition_of
-from schemas.messages import Command, DecisionRecord, Message, NotificationRequested
+from schemas.messages import Command, DecisionRecord, DeliveryReport, Message, NotificationRequested
 from schemas.topics import Lane, requests
 from streams.embedded.stack import Stack
 from streams.tokens import issue
+from streams.unsubscribe import unsubscribe_url
 from streams.views.pages import install
 from streams.views.requests import MAX_BODY_BYTES, Asking, Rates, install_requests
 from templates.render import Templates
+from tests.deliveries import a_delivery
 from tests.harness import PARTITIONS, System, system, wait_for
 from tests.integration.test_web import TOKEN_KEY, Worker, served
 
 ROLES = ("ingest", "router", "sender-critical", "sender-normal", "views")
 WORDS = "Collect it by Friday at the harbour"
+PUBLIC = "https://notifications.flowmart.example"
+SECRET, ANOTHER_SECRET = ("whsec_" + base64.b64encode(letter * 32).decode() for letter in (b"a", b"b"))
 
 
 @pytest.fixture(scope="module")
 def running(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    with system(stack, tmp_path_factory.mktemp("requests")) as made:
+    variables = {"NOTIFY_PUBLIC_URL": PUBLIC, "NOTIFY_CALLBACK_SECRETS": f"{ANOTHER_SECRET} {SECRET}"}
+    with system(stack, tmp_path_factory.mktemp("requests"), variables=variables) as made:
         for role in ROLES:
             made.start(role)
         made.start("views", name="b")
@@ -68,6 +76,42 @@ def outcomes(made: System, notification: str) -> list[str]:
 
 def watches(made: System) -> set[bytes]:
     return set(made.rows("watches"))
+
+
+# ---- the public's pages: no token
+
+
+def post_bare(made: System, path: str, body: bytes, headers: Mapping[str, str]) -> int:
+    address = f"http://127.0.0.1:{made.workers['views-a'].port}{path}"
+    with urllib.request.urlopen(urllib.request.Request(address, body, dict(headers), method="POST"), timeout=10) as answer:
+        return int(answer.status)
+
+
+def test_a_providers_call_is_a_record_of_the_topic_of_receipts_when_it_is_answered(running: System) -> None:
+    report = {"provider": "smtp", "reference": "called", "status": "bounced", "at": "2026-01-15T09:30:00Z", "suppresses": "hard_bounce"}
+    body, now = json.dumps({"reports": [report]}), datetime.now(UTC)
+    headers = {"webhook-id": "1", "webhook-timestamp": str(int(now.timestamp())), "webhook-signature": Webhook(SECRET).sign("1", now, body)}
+    assert post_bare(running, "/callbacks/receipts", body.encode(), headers) == 204
+    (record,) = running.read("receipts")
+    found = running.decode(record, DeliveryReport)
+    assert (record.key(), found.reference, found.suppresses) == (b"smtp called", "called", "hard_bounce")
+    assert running.workers["views-a"].metric("notify_callbacks_total", source="receipts", outcome="published") == 1
+
+
+def test_the_link_of_a_mail_ends_the_next_one(running: System) -> None:
+    running.load_preferences(people("leaver"))
+    settings = running.settings
+    scope = Control(lambda _scope: None, seal_key=settings.seal_key).scope_of("email", "leaver@example.com")
+    link = unsubscribe_url(PUBLIC, settings.token_key, a_delivery("leaver", "left", category="messages"), scope) or ""
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert post_bare(running, link.removeprefix(PUBLIC), b"List-Unsubscribe=One-Click", form) == 200
+
+    def reasons() -> list[str]:
+        asked = running.ask("/notifications", a_request("leaver"))[2]["notificationId"]
+        wait_for(lambda: decisions(running, asked), seconds=30, what="a decision")
+        return [choice.reason for choice in decisions(running, asked)[0].channels if choice.channel == "email"]
+
+    wait_for(lambda: reasons() == ["suppressed: unsubscribed"], seconds=30, what="the next one skipped")
 
 
 # ---- POST /notifications

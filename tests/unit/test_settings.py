@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from schemas.errors import SettingsError
@@ -197,6 +197,7 @@ def test_commands_need_no_role() -> None:
 
 
 @given(st.dictionaries(st.sampled_from(sorted(VARIABLES)), st.text(max_size=30)))
+@example({"NOTIFY_PROVIDERS_FILE": "\x00"})
 def test_any_environment_makes_settings_or_a_list_of_problems(env: dict[str, str]) -> None:
     found: list[str] = []
     try:

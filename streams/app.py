@@ -33,7 +33,6 @@ from agents.receipts import EXPIRE_EVERY_SECONDS, Matcher, Reported, report_key
 from agents.router import Router
 from agents.stock import Stock
 from channels.config import Ports
-from channels.registry import build_channels
 from schemas import topics
 from schemas.codec import Codec
 from schemas.errors import (
@@ -77,9 +76,6 @@ from streams.roles import Role, step_back
 from streams.runner import DecidingShard, Input, MakeShard, Names, Runner, Timer, Tools, Turns
 from streams.sending import Providers, SendingShard
 from streams.settings import WORKER_NEEDS, Settings
-from streams.store.database import Database
-from streams.store.history import History
-from streams.storing import CONNECTIONS, Store, StoringShard
 from streams.topics import Count, TopicSpec, physical
 from streams.topology import Step, all_topics, steps_of
 from streams.transport.admin import committed_offsets, topic_facts
@@ -91,6 +87,7 @@ from streams.transport.records import Record
 from streams.unsubscribe import unsubscribe_url
 from streams.views.callbacks import Callbacks, fetch_from_amazon, install_callbacks, twilio_callback_url
 from streams.views.pages import Health, OperationsContext, WebContext, install, install_operations
+from streams.views.queries import History
 from streams.views.requests import Asking, Rates, install_requests
 from streams.views.unsubscribe import install_unsubscribe
 from templates.render import Templates
@@ -278,6 +275,8 @@ class Worker(NotifyApp):
         return Control(self.orders.entry, seal_key=self.settings.seal_key)
 
     async def _sending(self) -> MakeShard:
+        from channels.registry import build_channels  # here: what speaks to providers is a third of a worker's start
+
         settings = self.settings
         assert self.role.lane is not None
         control, lane_share = self._control(), settings.lane_shares[self.role.lane]
@@ -333,11 +332,16 @@ class Worker(NotifyApp):
         """Return what reads PostgreSQL for the web, not connected yet; None without a database."""
         if not self.settings.postgres_url:
             return None
-        history = History(self.settings.postgres_url, application=self.conf.id)
+        from streams.store.history import History as Database  # here: SQLAlchemy is a quarter of a worker's start
+
+        history = Database(self.settings.postgres_url, application=self.conf.id)
         self._closing.append(history.close)
         return history
 
     def _storing(self, tools: Tools) -> MakeShard:
+        from streams.store.database import Database
+        from streams.storing import CONNECTIONS, Store, StoringShard
+
         database = Database(self.settings.postgres_url, application=self.conf.id, connections=CONNECTIONS)
         self._closing.append(database.close)
         store = Store(database, tools, kept_months=self.settings.store_months)

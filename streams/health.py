@@ -13,7 +13,6 @@ from confluent_kafka import KafkaException
 from streams.gateways import Gateway
 from streams.runner import Runner
 from streams.sending import SendingShard
-from streams.storing import StoringShard
 from streams.transport.admin import offset_bounds
 from streams.views.pages import Health
 
@@ -112,11 +111,10 @@ class HealthWatch:
         for channel, count in waiting.items():
             metrics.waiting.labels(channel).set(count)
             metrics.paused.labels(channel).set(held[channel])
-        self._is_store_paused()
+        self._paused_by()
 
-    def _is_store_paused(self) -> bool:
-        stores = {shard.store for shard in self._runner.shards.values() if isinstance(shard, StoringShard)}
-        return any(store.tell() for store in stores)
+    def _paused_by(self) -> set[str]:
+        return {server for shard in self._runner.shards.values() if (server := shard.paused_by()) is not None}
 
     def health(self) -> Health:
         """Return whether the worker lives and is ready, and why not."""
@@ -130,8 +128,7 @@ class HealthWatch:
             for channel, (_, is_held) in shard.waiting().items()
             if is_held
         }
-        if self._is_store_paused():
-            held.add("postgres")
+        held |= self._paused_by()
         committed = {(topic, shard.partition): shard.committed_at for shard in runner.shards.values() for topic in shard.physical_topics()}
         stuck = [
             f"{topic}-{partition}"

@@ -337,6 +337,10 @@ class Shard:
             self._task.cancel()
         self.writer.discard()
 
+    def paused_by(self) -> str | None:
+        """Return the server, no provider, that everything here waits for; None: nothing does. Asked every few seconds."""
+        return None
+
     def physical_topics(self) -> list[str]:
         """Return the inputs, as the cluster names them."""
         return [self.tools.names.physical[topic] for topic in self.lanes]

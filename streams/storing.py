@@ -156,6 +156,10 @@ class StoringShard(Shard):
                     log.warning("transaction.aborted step=%s partition=%d error=%s", self.step.name, self.partition, error)
                 await self._pause()
 
+    def paused_by(self) -> str | None:
+        """Return `postgres` while it does not answer, and let the store tell of it."""
+        return "postgres" if self.store.tell() else None
+
     def give_up(self) -> None:
         """Lose the partition. What was merged stays: whoever owns it next merges the same again."""
         super().give_up()

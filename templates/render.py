@@ -41,7 +41,7 @@ class _Cut:
 _LINE = _Cut(4 * MAX_LINE_CHARACTERS, "utf-32-le", "…")
 # A push has 4,096 bytes in all (FCM, APNs; Web Push has 3,993 before it is encrypted, RFC 8291), JSON's escapes and what
 # the channel adds included: were each character here a quotation mark, title and message would take 3,200 of them. A text
-# message is at most six parts: of 67 units of 2 bytes in UCS-2, of which one is lost where a pair of surrogates would be
+# message is at most six segments: of 67 units of 2 bytes in UCS-2, of which one is lost where a pair of surrogates would be
 # split. What is all GSM-7 takes less, and so the dots are three: the ellipsis is not GSM-7.
 _CUTS: Mapping[tuple[str, str], _Cut] = {
     ("push", "title"): _Cut(100, "utf-8", "…"),

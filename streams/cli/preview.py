@@ -17,6 +17,7 @@ from rich.text import Text
 from agents.ports import KnownSource
 from agents.stock import LEVELS, PRODUCTS, Stock
 from agents.triggers import RULES, Rule, ingest_action, ingest_inventory, ingest_payment
+from channels.sms import segments
 from schemas import topics
 from schemas.codec import Codec
 from schemas.errors import UnroutableError
@@ -74,7 +75,10 @@ def preview(
         sys.stdout.write(rendered[wanted[0]]["html"] + "\n")
     elif as_json:
         version = templates.version(found.template)
-        channels = {str(each): parts for each, parts in rendered.items()}
+        channels: dict[str, dict[str, object]] = {str(each): dict(parts) for each, parts in rendered.items()}
+        if Channel.SMS in rendered:
+            sent = segments(rendered[Channel.SMS]["text"])
+            channels[Channel.SMS] |= {"encoding": sent.encoding, "segments": len(sent.parts)}
         console.print_document(
             {"rule": found.name, "ruleVersion": found.version, "templateVersion": version, "data": facts, "channels": channels}
         )
@@ -129,6 +133,14 @@ def _told_of_stock(source: KnownSource) -> Iterator[tuple[str, Mapping[str, str]
             yield from ((each.value.rule, each.value.data) for each in effects.outputs if isinstance(each.value, Broadcast))
 
 
+def _cost(text: str) -> str:
+    """Say what a text message costs, such as GSM-7, 2 segments, 171 of 2 x 153 characters."""
+    sent = segments(text)
+    count, used = len(sent.parts), sum(map(sent.used, sent.parts))
+    room = str(sent.room) if count == 1 else f"{count} x {sent.room}"
+    return f"{sent.encoding}, {count} segment{'' if count == 1 else 's'}, {used} of {room} characters"
+
+
 def _frame(rule: Rule, channel: Channel, parts: Mapping[str, str], *, width: int) -> Panel:
     shown: list[RenderableType] = []
     heading = parts.get("subject") or parts.get("title")
@@ -141,6 +153,8 @@ def _frame(rule: Rule, channel: Channel, parts: Mapping[str, str], *, width: int
             shown.append(Line(f"{part}, as a reader sees it" if part == "html" else part, style="dim", align="left"))
         words = html_as_text(text) if part == "html" else text.strip()
         shown.append(Text("\n").join(console.cell(line) for line in words.split("\n")))
+    if channel is Channel.SMS:
+        shown += [Text(), Text(_cost(parts["text"]), style="dim")]
     title = Text.assemble(" ", (channel, "bold cyan"), " ")
     is_default = channel in rule.defaults
     return Panel(

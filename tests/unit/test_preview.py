@@ -55,6 +55,13 @@ def test_json_is_all_that_is_printed_when_it_is_asked_for() -> None:
     assert document["ruleVersion"] == RULES["payment_failed"].version
 
 
+def test_a_text_message_is_shown_with_what_it_costs() -> None:
+    assert "GSM-7, 1 segment, 151 of 160 characters" in preview("password_reset", "--channel", "sms").stdout
+    assert "GSM-7, 2 segments, 165 of 2 x 153 characters" in preview("payment_failed", "--channel", "sms").stdout
+    document = json.loads(preview("message", "--channel", "sms", "--data", "message=漢" * 2, "--json").stdout)
+    assert (document["channels"]["sms"]["encoding"], document["channels"]["sms"]["segments"]) == ("UCS-2", 1)
+
+
 def test_html_is_printed_as_a_browser_needs_it() -> None:
     result = preview("payment_failed", "--html")
     assert result.stdout == Templates().render("payment_failed", "email", example_data("payment_failed"))["html"] + "\n"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from agents.ports import KnownSource
 from agents.triggers import RULES, ingest_action, ingest_payment
+from channels.sms import Encoding, Transliterate, segments
 from schemas.errors import TemplateError
 from schemas.examples import samples
 from schemas.messages import NotificationRequested, UserAction
@@ -37,9 +38,6 @@ PARTS = {
     Channel.PUSH: {"title", "message"},
     Channel.IN_APP: {"title", "message"},
 }
-# 3GPP TS 23.038: the default alphabet, and the characters that cost two of it
-GSM_7 = "@£$¥èéùìòÇ\nØø\rÅåΔ_ΦΓΛΩΠΨΣΘΞÆæßÉ !\"#¤%&'()*+,-./0123456789:;<=>?¡ABCDEFGHIJKLMNOPQRSTUVWXYZÄÖÑÜ§¿abcdefghijklmnopqrstuvwxyzäöñüà"
-GSM_7_EXTENSION = "\f^{}\\[~]|€"
 STOCK = {
     "productId": "prod_1129",
     "productName": "Wireless Bluetooth Headphones",
@@ -206,8 +204,9 @@ def test_the_code_of_a_password_reset_is_in_the_body_of_the_mail_and_nowhere_els
 def test_a_text_message_says_first_who_speaks_and_is_short_and_cheap(rule: str, data: dict[str, str]) -> None:
     text = TEMPLATES.render(RULES[rule].template, "sms", data)["text"]
     assert text.startswith("FlowMart: ")
-    assert not set(text) - set(GSM_7 + GSM_7_EXTENSION), "one character outside GSM-7 doubles what it costs"
-    assert sum(2 if char in GSM_7_EXTENSION else 1 for char in text) <= 2 * 153
+    sent = segments(text, transliterate=Transliterate.NONE)
+    assert sent.encoding is Encoding.GSM7, "one character outside GSM-7 doubles what it costs"
+    assert len(sent.parts) <= 2
 
 
 def test_a_code_stands_in_the_first_line_of_a_text_message_as_telephones_look_for_it() -> None:
@@ -238,8 +237,15 @@ def test_a_push_and_a_text_message_are_cut_to_what_telephones_take(fill: str) ->
     assert len(push["message"].encode()) > 1_490
     assert text.endswith("...")
     units = len(text.encode("utf-16-le")) // 2
-    assert 6 * 66 - 3 <= units <= 6 * 66, "six parts of UCS-2, none of them full when a pair of surrogates must not be split"
+    assert 6 * 66 - 3 <= units <= 6 * 66
+    assert len(segments(text).parts) <= 6
     assert "\ufffd" not in "".join((*push.values(), text))
+
+
+@given(st.lists(st.sampled_from("aé漢😀€\"' "), min_size=360, max_size=420))
+def test_a_text_message_is_never_more_than_six_segments(characters: list[str]) -> None:
+    text = TEMPLATES.render("message", "sms", {"title": "t", "message": "".join(characters)})["text"]
+    assert len(segments(text).parts) <= 6
 
 
 def test_what_just_fits_is_not_cut() -> None:

@@ -17,7 +17,6 @@ from rich.text import Text
 from agents.ports import KnownSource
 from agents.stock import LEVELS, PRODUCTS, Stock
 from agents.triggers import RULES, Rule, ingest_action, ingest_inventory, ingest_payment
-from channels.sms import segments
 from schemas import topics
 from schemas.codec import Codec
 from schemas.errors import UnroutableError
@@ -27,7 +26,6 @@ from schemas.topics import Channel
 from streams.cli import console
 from streams.cli.errors import CliError
 from streams.cli.send import known_rule, parse_pairs
-from templates.render import Templates
 
 EPILOG = console.examples(
     "notify preview payment_failed",
@@ -57,6 +55,8 @@ def preview(
 
     Needs no running system. The words are those of this version's templates, and of nobody: no recipient is looked up.
     """
+    from templates.render import Templates  # Jinja: other commands start without it
+
     found = known_rule(rule)
     given = parse_pairs(data or [])
     facts = example_data(found.name)
@@ -77,6 +77,8 @@ def preview(
         version = templates.version(found.template)
         channels: dict[str, dict[str, object]] = {str(each): dict(parts) for each, parts in rendered.items()}
         if Channel.SMS in rendered:
+            from channels.sms import segments
+
             sent = segments(rendered[Channel.SMS]["text"])
             channels[Channel.SMS] |= {"encoding": sent.encoding, "segments": len(sent.parts)}
         console.print_document(
@@ -135,6 +137,8 @@ def _told_of_stock(source: KnownSource) -> Iterator[tuple[str, Mapping[str, str]
 
 def _cost(text: str) -> str:
     """Say what a text message costs, such as GSM-7, 2 segments, 171 of 2 x 153 characters."""
+    from channels.sms import segments
+
     sent = segments(text)
     count, used = len(sent.parts), sum(map(sent.used, sent.parts))
     room = str(sent.room) if count == 1 else f"{count} x {sent.room}"

@@ -26,6 +26,7 @@ from streams.cli import (
     recall,
     receipts,
     send,
+    simulate,
     store,
     token,
     trail,
@@ -81,6 +82,7 @@ for _name, _function, _epilog, _panel in (
     ("user", inbox.user, inbox.EPILOG, _ASK),
     ("token", token.token, token.EPILOG, _ASK),
     ("up", up.up, up.EPILOG, _RUN),
+    ("simulate", simulate.simulate, simulate.EPILOG, _RUN),
     ("doctor", doctor.doctor, doctor.EPILOG, _RUN),
 ):
     app.command(_name, epilog=_epilog, rich_help_panel=_panel)(_function)

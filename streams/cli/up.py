@@ -59,7 +59,16 @@ PLAIN_COLUMNS: Final = 120
 WIDEST_COLUMNS: Final = 120
 INTERRUPTED_EXIT_CODE: Final = 130
 SAMPLE_USER: Final = "cust_10482"
-OWN = frozenset({"NOTIFY_KAFKA_BOOTSTRAP", "NOTIFY_REGISTRY_URL", "NOTIFY_SMTP_URL", "NOTIFY_POSTGRES_URL"})
+OWN = frozenset(
+    {
+        "NOTIFY_KAFKA_BOOTSTRAP",
+        "NOTIFY_REGISTRY_URL",
+        "NOTIFY_SMTP_URL",
+        "NOTIFY_PROVIDERS",
+        "NOTIFY_PROVIDERS_FILE",
+        "NOTIFY_POSTGRES_URL",
+    }
+)
 NOT_PASSED_ON = frozenset(
     {
         *OWN,
@@ -77,6 +86,7 @@ SERVERS: Final = {
     "registry": "of Avro schemas",
     "postgres": "PostgreSQL, for what is older than the inboxes",
     "mail": "a mail server and its inbox page",
+    "simulators": "of an SMS carrier, Twilio, FCM, APNs and Web Push",
 }
 EPILOG = console.examples("notify up", "notify up --once --data-dir /tmp/try", "notify up --no-demo --free-ports --ready-file ready.json")
 
@@ -322,7 +332,9 @@ class Up:
                 steps.begin(component, message)
 
         options = self._options
-        stack = await start_stack(options.data_dir, ports=options.server_ports(), progress=tell, warm_up=not options.is_once)
+        stack = await start_stack(
+            options.data_dir, ports=options.server_ports(), progress=tell, simulators=True, warm_up=not options.is_once
+        )
         self._stack = stack
         for server in stack.servers:
             server.stop_grace_seconds = SERVER_GRACE_SECONDS
@@ -471,6 +483,7 @@ def _variables(options: Options, own: Mapping[str, str], stack: Stack, folder: P
         "NOTIFY_KAFKA_BOOTSTRAP": stack.kafka,
         "NOTIFY_REGISTRY_URL": stack.registry,
         "NOTIFY_SMTP_URL": stack.mail_smtp,
+        "NOTIFY_PROVIDERS_FILE": str(stack.providers_file),
         "NOTIFY_POSTGRES_URL": stack.postgres,
         "NOTIFY_DATA_DIR": str(folder),
         "NOTIFY_WEB_HOST": LOOPBACK,

@@ -40,6 +40,7 @@ from streams.embedded.processes import (
     told_when_full,
 )
 from streams.embedded.registry import RegistryServer
+from streams.embedded.simulators import SimulatorsServer
 
 Progress = Callable[[str, str], None]
 
@@ -66,6 +67,7 @@ class Ports:
 
 
 DEFAULT_PORTS: Final = Ports()
+SERVERS: Final = ("kafka", "registry", "postgres", "mail", "simulators")
 PURPOSES: Final = {
     "kafka": "the Kafka broker",
     "controller": "the Kafka controller",
@@ -137,6 +139,7 @@ class Stack:
     registry_process: RegistryServer | None = None
     mail_process: MailServer | None = None
     postgres_process: PostgresServer | None = None
+    simulators_process: SimulatorsServer | None = None
     _lock: DataDirLock = field(repr=False)
     _warm_up: WarmUp | None = field(default=None, repr=False)
 
@@ -170,6 +173,13 @@ class Stack:
         return self.postgres_process.url
 
     @property
+    def providers_file(self) -> Path:
+        """What NOTIFY_PROVIDERS_FILE should name. Raises StackError when the stack was started without simulators."""
+        if not self.simulators_process:
+            raise StackError("the simulated providers were not started: call start_stack(simulators=True).")
+        return self.simulators_process.providers_file
+
+    @property
     def _mail(self) -> MailServer:
         if not self.mail_process:
             raise StackError("the mail server was not started: call start_stack(mail=True).")
@@ -178,7 +188,8 @@ class Stack:
     @property
     def servers(self) -> list[Server]:
         """Everything that was started."""
-        return [each for each in (self.broker, self.registry_process, self.postgres_process, self.mail_process) if each]
+        others = (self.registry_process, self.postgres_process, self.mail_process, self.simulators_process)
+        return [self.broker, *(each for each in others if each)]
 
     async def stop(self) -> None:
         """Stop everything at the same time, by force after 6 seconds, and give the data folder back."""
@@ -205,6 +216,7 @@ async def start_stack(  # noqa: PLR0913
     mail: bool = True,
     registry: bool = True,
     postgres: bool = True,
+    simulators: bool = False,
     warm_up: bool = True,
 ) -> Stack:
     """Start the stack on the data in `data_dir`, creating it the first time; return when everything answers.
@@ -242,6 +254,7 @@ async def start_stack(  # noqa: PLR0913
             else None,
             mail_process=MailServer(data_dir / "mail", smtp_port=ports.smtp, http_port=ports.http, env=os.environ) if mail else None,
             postgres_process=PostgresServer(data_dir / "postgres", port=ports.postgres, env=os.environ) if postgres else None,
+            simulators_process=SimulatorsServer(data_dir / "simulators", env=os.environ) if simulators else None,
             _lock=lock,
         )
         # together: each of them alone may have room enough
@@ -258,7 +271,7 @@ async def start_stack(  # noqa: PLR0913
 
 async def _settle_ports(data_dir: Path, ports: Ports, wanted: set[str]) -> Ports:
     """Return `ports` with every 0 replaced, and remember them for the next run."""
-    await asyncio.gather(*(end_leftover(data_dir / name / f"{name}.pid") for name in ("kafka", "registry", "postgres", "mail")))
+    await asyncio.gather(*(end_leftover(data_dir / name / f"{name}.pid") for name in SERVERS))
     path = data_dir / "ports.json"
     remembered: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError):
@@ -295,7 +308,7 @@ async def _start(stack: Stack, cache: Path, tell: Progress) -> None:
     tasks = [asyncio.create_task(start(stack.broker, kafka_files()))]
     if stack.registry_process:
         tasks.append(asyncio.create_task(start(stack.registry_process, registry_files(stack.registry_process))))
-    others = (stack.postgres_process, stack.mail_process)
+    others = (stack.postgres_process, stack.mail_process, stack.simulators_process)
     tasks += [asyncio.create_task(start(server, no_files())) for server in others if server]
     try:
         await asyncio.gather(*tasks)

@@ -46,6 +46,7 @@ def a_delivery(
     attempt: int = 1,
     not_before: datetime | None = None,
     lasts_seconds: float = 3_600,
+    route: str | None = None,
 ) -> Delivery:
     """Return a delivery to `user`, sealed with his key. Its mail goes to `address`; None: to `{user}@example.com`."""
     now = datetime.now(UTC)
@@ -68,6 +69,7 @@ def a_delivery(
         producer="test",
         event_id=event,
         not_before=not_before,
+        route=route,
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from channels.simulators.script import Script
 from schemas import topics
 from schemas.messages import Delivery
 from schemas.status import Status
@@ -15,6 +17,7 @@ from streams.embedded.processes import choose_port
 from streams.embedded.stack import Stack
 from tests.deliveries import a_delivery, changes, give_keys, publish
 from tests.harness import System, system, wait_for
+from tests.outage import FAILING, Phase, play, two_providers
 
 MAILS = 200
 
@@ -61,3 +64,26 @@ def test_what_no_provider_is_there_for_fails_visibly_and_can_be_redriven(running
     assert text.user_id not in listed.stderr
     assert '"error": "attempts_exhausted"' in listed.stdout.replace('":"', '": "')
     assert running.notify("dlq", "list", "--provider", "near", "--json").stdout.strip() in {"", "[]"}
+
+
+def test_a_provider_that_fails_wholly_then_in_part_loses_its_share_and_gets_it_back(stack: Stack, tmp_path: Path) -> None:
+    phases = [
+        Phase(name="well", seconds=4, script=Script()),
+        Phase(name="fails always", seconds=6, script=Script(unavailable=1)),
+        Phase(name="fails 30%", seconds=6, script=Script(refuse=0.3)),
+        Phase(name="well again", seconds=10, script=Script()),
+    ]
+    with two_providers(stack, tmp_path) as (made, providers):
+        seen = play(made, providers, phases, per_second=60, settle_seconds=60)
+    assert seen.lost() == 0
+    assert seen.doubled() == 0
+    (_, begin, outage), (_, failing, failed), (_, _, in_part), (_, back, end) = seen.phases
+    del begin, in_part
+    assert 0.3 < seen.share_taken(1, outage) < 0.7
+    # calls that were under way, then one probe at a time, less and less often: no storm
+    during = [at for at in seen.calls[FAILING] if failing + 0.5 <= at < failed]
+    assert len(during) <= 32 + 8
+    assert seen.share_taken(failing + 1, failed) < 0.05
+    assert seen.share_taken(back + 6, end) > 0.2
+    # another provider took over at once: nobody waited for a schedule's first step
+    assert max(seen.lateness().values()) < 10

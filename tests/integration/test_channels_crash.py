@@ -1,0 +1,112 @@
+"""`kill -9` of senders in the middle of their calls, on every channel: nothing is lost, and duplicates stay within the bound."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from channels.simulators.script import Script
+from schemas import topics
+from schemas.messages import Delivery
+from schemas.status import Status
+from schemas.topics import Channel, Lane
+from streams.embedded.stack import Stack
+from tests.deliveries import a_delivery, changes, give_keys, publish
+from tests.harness import System, system, wait_for
+from tests.simulated import Simulated, simulated
+
+EACH = 150
+KILLS = 2
+OPEN = 8  # calls at once: the bound on what one kill doubles
+NAMES = ("smtp", "smpp", "twilio", "fcm", "apns", "webpush")
+
+
+@pytest.fixture(scope="module")
+def providers() -> Iterator[Simulated]:
+    # slow enough that a kill meets calls under way
+    with simulated(*NAMES, script=Script(latency=0.05, jitter=0.05)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def running(stack: Stack, tmp_path_factory: pytest.TempPathFactory, providers: Simulated) -> Iterator[System]:
+    # two carriers of SMS: each has a country of its own, so that each is called
+    urls = " ".join(
+        f"{providers[name].url}{'&' if '?' in providers[name].url else '?'}max_open={OPEN}{_ROUTES.get(name, '')}" for name in NAMES
+    )
+    variables = {
+        "NOTIFY_PROVIDERS": urls,
+        "NOTIFY_SMTP_URL": "",
+        "NOTIFY_MAX_OPEN_ATTEMPTS": str(OPEN),
+        "NOTIFY_RETRY_TIERS": "1,2,4",
+    }
+    with system(stack, tmp_path_factory.mktemp("crash"), variables=variables) as made:
+        for role in ("sender-critical", "delay", "signals"):
+            made.start(role)
+        made.await_ready(seconds=120)
+        yield made
+
+
+_ROUTES = {"smpp": "&routes=DE", "twilio": "&routes=GB"}
+
+
+def a_push(kind: str, address: str, number: int) -> Delivery:
+    return of(kind, number, address=address, channel=Channel.PUSH, route=kind)
+
+
+def of(kind: str, number: int, *, address: str, channel: Channel, route: str | None = None) -> Delivery:
+    # one-time codes: what may have arrived is sent again at once
+    name = f"{kind}-{number}"
+    return a_delivery(name, name, address=address, channel=channel, route=route, lane=Lane.CRITICAL, category="security")
+
+
+def all_of(name: str, number: int, providers: Simulated) -> Delivery:
+    match name:
+        case "smtp":
+            return of(name, number, address=f"smtp-{number}@example.com", channel=Channel.EMAIL)
+        case "smpp":
+            return of(name, number, address=f"+4915223{number + 100_000:06d}", channel=Channel.SMS, route="DE")
+        case "twilio":
+            return of(name, number, address=f"+447400{number + 100_000:06d}", channel=Channel.SMS, route="GB")
+        case _:
+            return a_push(name, providers[name].address(f"{name}-device-{number}"), number)  # type: ignore[attr-defined]  # of the push services
+
+
+def test_senders_killed_in_the_middle_of_their_calls_lose_nothing_on_any_channel(running: System, providers: Simulated) -> None:
+    sent = {name: [all_of(name, number, providers) for number in range(EACH)] for name in NAMES}
+    flat = [each for found in sent.values() for each in found]
+    give_keys(running, {each.user_id for each in flat})
+    for channel in Channel:
+        publish(running, topics.deliver(channel, Lane.CRITICAL), [each for each in flat if each.channel == channel])
+    sender = running.workers["sender-critical-a"]
+    for kill in range(1, KILLS + 1):
+        wait_for(
+            lambda kill=kill: all(len(providers.messages(name)) >= EACH * kill // (KILLS + 1) for name in NAMES),
+            seconds=120,
+            what=f"enough calls for kill {kill}",
+        )
+        sender.kill()
+        wait_for(sender.is_ready, seconds=60, what="the sender again")
+    ended = {Status.SENT, Status.DELIVERED}
+    wait_for(
+        lambda: {change.delivery_id for change in changes(running, *flat) if change.status in ended} == {each.delivery_id for each in flat},
+        seconds=180,
+        what="every delivery at its provider",
+    )
+    doubled = {}
+    for name in NAMES:
+        counts = Counter(recipient(message) for message in providers.messages(name))
+        assert len(counts) == EACH, f"{name}: lost {EACH - len(counts)}"
+        doubled[name] = counts.total() - EACH
+    print(f"doubled, of {EACH} each, by {KILLS} kills with {OPEN} calls at once: {doubled}")
+    assert all(count <= KILLS * OPEN for count in doubled.values()), doubled
+
+
+def recipient(message: object) -> str:
+    """Return whom a simulator's message went to, whatever the protocol calls it."""
+    for name in ("recipient", "token", "to", "destination"):
+        if value := getattr(message, name, None):
+            return str(value)
+    raise AssertionError(f"{type(message).__name__} names nobody")

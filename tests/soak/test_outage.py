@@ -13,7 +13,7 @@ from streams.embedded.stack import Stack
 from tests.outage import FAILING, HELPING, Outage, Phase, play, two_providers
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen before
+from matplotlib import pyplot as plt
 
 # docs/outage.png was drawn from a run of the default length
 SECONDS = float(os.environ.get("OUTAGE_SECONDS", "60"))

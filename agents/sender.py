@@ -230,7 +230,7 @@ def _again(  # noqa: PLR0913, PLR0917 - everything that the next attempt rests o
     return Verdict(status=status, reason=code, wait_seconds=wait)
 
 
-def ended(end: End) -> Ended | None:
+def said_of_provider(end: End) -> Ended | None:
     """Return what the end of a call says about its provider; None: nothing."""
     match end:
         case Receipt() | ProviderRejectedError():

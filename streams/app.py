@@ -69,12 +69,13 @@ from streams.followers import Follower, OrderFollower
 from streams.gateways import Gateway, gateways_of
 from streams.health import HealthWatch
 from streams.metrics import Metrics
+from streams.outgoing import Providers
 from streams.refusals import why_unreachable
 from streams.registry import Registry
 from streams.rights import missing, rights_of, sentence
 from streams.roles import Role, step_back
 from streams.runner import DecidingShard, Input, MakeShard, Names, Runner, Timer, Tools, Turns
-from streams.sending import Providers, SendingShard
+from streams.sending import SendingShard
 from streams.settings import WORKER_NEEDS, Settings
 from streams.topics import Count, TopicSpec, physical
 from streams.topology import Step, all_topics, steps_of

@@ -18,18 +18,17 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
-from agents.control import Control
 from agents.failover import Wait, backoff_seconds
 from agents.pacing import daily_share, day_of, seconds_to_next_day
 from agents.ports import BY_KEY, Output
 from agents.receipts import report_key
 from agents.retries import tier_for
-from agents.sender import Attempt, AttemptState, End, Recalled, Verdict, ended, is_settled_by, plan, verdict
+from agents.sender import Attempt, AttemptState, End, Recalled, Verdict, is_settled_by, plan, said_of_provider, verdict
 from channels.absent import NO_PROVIDER
 from channels.base import Receipt
 from schemas import topics
@@ -39,6 +38,7 @@ from schemas.errors import (
     ExpiredError,
     ProviderError,
     ProviderRejectedError,
+    ProviderUnavailableError,
     RegistryUnavailableError,
     SendUnknownError,
     TooLargeError,
@@ -49,6 +49,7 @@ from schemas.messages import Command, Contact, Content, ControlEntry, Delivery, 
 from schemas.sealed import seal, unseal
 from schemas.status import Axis, Status, Suppression
 from streams.gateways import Call, Gateway, Line
+from streams.outgoing import Job, Outgoing, Providers
 from streams.runner import DRAIN_SECONDS, Lane, RecordSource, Shard, Tools
 from streams.topology import Step
 from streams.transport.cluster import leave
@@ -63,80 +64,10 @@ _PRUNE_ROWS = 2
 _ASK_AGAIN_SECONDS = 1.0
 # what cannot begin within so long makes room for what can (design rule 7)
 _STUCK_SECONDS = 2.0
-
-
-@dataclass(slots=True)
-class Providers:
-    """The gateways of a worker by channel, and how to open what is sealed for a user.
-
-    `orders_version` grows whenever `control` may say something else. `tiers_seconds` and `lane_share` (of each provider's
-    quota): of the worker's lane. `partitions`: into how many that share is divided.
-    """
-
-    gateways: Mapping[str, Gateway]
-    key_of: Callable[[str], Awaitable[bytes | None]]
-    ledger_seconds: int
-    control: Control
-    orders_version: Callable[[], int]
-    tiers_seconds: Sequence[int]
-    lane_share: float
-    partitions: int
-
-
-@dataclass(slots=True)
-class Job:
-    """A delivery that was read and is not done. `number`: of the attempt that runs, or else of the next one.
-
-    `provider`: who is or was called last. `asks`: who may have taken an earlier attempt, and is asked before the next one.
-    `tried`: who refused it since its schedule was counted last. `scope`: of a suppression of its address; `device`: the
-    sealed contact that names its dead device.
-    """
-
-    delivery: Delivery
-    lane: Lane
-    record: Record
-    number: int
-    failures: int
-    cut_off: int | None
-    provider: str = ""
-    asks: str = ""
-    outages: int = 0  # that it met here
-    tried: set[str] = field(default_factory=set)
-    call: Call | None = None
-    scope: str | None = None
-    device: bytes | None = None
-
-    @property
-    def identity(self) -> tuple[str, int]:
-        """What is sent at most once at a time."""
-        return self.delivery.delivery_id, self.delivery.generation
-
-
-@dataclass(slots=True)
-class Outgoing:
-    """One channel of a shard: what is ready, and what waits."""
-
-    ready: deque[Job] = field(default_factory=deque)
-    waiting: list[tuple[float, int, Job]] = field(default_factory=list)  # heap by monotonic due time
-    stuck_until: float = math.inf  # when what is ready and could not begin may be tried again without being woken
-
-    def wake(self, now: float) -> None:
-        """Make ready what has waited long enough; what met an outage goes last, so that another delivery probes."""
-        due: list[Job] = []
-        while self.waiting and self.waiting[0][0] <= now:
-            due.append(heapq.heappop(self.waiting)[2])
-        self.ready.extendleft(job for job in reversed(due) if not job.outages)
-        self.ready.extend(job for job in due if job.outages)
-
-    def take_out(self, is_wanted: Callable[[Job], bool]) -> list[Job]:
-        """Remove and return the deliveries, ready or waiting, that are wanted."""
-        found = [job for job in (*self.ready, *(job for _, _, job in self.waiting)) if is_wanted(job)]
-        if found:
-            gone = {job.identity for job in found}
-            self.ready = deque(job for job in self.ready if job.identity not in gone)
-            self.waiting = [entry for entry in self.waiting if entry[2].identity not in gone]
-            heapq.heapify(self.waiting)
-        return found
+# who may have taken an attempt is asked so often, each time for so long, before it is repeated all the same
+_MOST_QUESTIONS = 3
+_LOOK_UP_SECONDS = 3.0
+_NOT_ASKED = "look_up"
 
 
 class SendingShard(Shard):
@@ -691,24 +622,26 @@ class SendingShard(Shard):
         gateway = self._providers.gateways[delivery.channel]
         end: End
         said = None
+        is_called = False
         try:
             key = await self._providers.key_of(delivery.user_id)
             if key is None:
                 raise UnsealableError("the user has no key: erased")
             content = unpack(unseal(key, delivery.sealed, user_id=delivery.user_id, purpose="content"), Content)
             job.scope = self._providers.control.scope_of(delivery.channel, content.address)
-            found = await gateway.channel(job.asks).look_up(delivery, content) if job.asks else None
+            found = await _look_up(job, gateway, content) if job.asks and job.outages < _MOST_QUESTIONS else None
             if found is not None:
                 end, job.provider = replace(found, code="found by look-up"), job.asks
             else:
+                is_called = True
                 end = await call.line.channel.send(delivery, content)
-                said = ended(end)
+                said = said_of_provider(end)
         except asyncio.CancelledError:
             gateway.give_back(call, None)
             raise
         except Exception as error:
             end = error
-            said = ended(end)
+            said = said_of_provider(end) if is_called else None
             if isinstance(error, ProviderRejectedError) and error.suppresses is Suppression.DEAD_TOKEN and key is not None:
                 job.device = seal(key, pack(Contact(devices=[content.address])), user_id=delivery.user_id, purpose="contact")
         asked = end.retry_after_seconds or 0.0 if isinstance(end, ProviderError) else 0.0
@@ -752,7 +685,21 @@ class SendingShard(Shard):
 
 def _unknown_at(job: Job, found: Verdict) -> str:
     """Return who may have taken the attempt that ended; empty: nobody has."""
+    if found.reason == _NOT_ASKED:
+        return job.asks
     return job.provider if found.status is Status.UNKNOWN else ""
+
+
+async def _look_up(job: Job, gateway: Gateway, content: Content) -> Receipt | None:
+    """Return the receipt of an attempt of unknown end from who may have taken it.
+
+    Raises ProviderUnavailableError when he does not answer: the next attempt waits, and nobody was called.
+    """
+    try:
+        async with asyncio.timeout(_LOOK_UP_SECONDS):
+            return await gateway.channel(job.asks).look_up(job.delivery, content)
+    except (ProviderError, SendUnknownError, TimeoutError) as error:
+        raise ProviderUnavailableError("the provider that may have it could not be asked", code=_NOT_ASKED) from error
 
 
 def _day_key(provider: str, now: datetime) -> bytes:

@@ -82,11 +82,8 @@ def test_senders_killed_in_the_middle_of_their_calls_lose_nothing_on_any_channel
         publish(running, topics.deliver(channel, Lane.CRITICAL), [each for each in flat if each.channel == channel])
     sender = running.workers["sender-critical-a"]
     for kill in range(1, KILLS + 1):
-        wait_for(
-            lambda kill=kill: all(len(providers.messages(name)) >= EACH * kill // (KILLS + 1) for name in NAMES),
-            seconds=120,
-            what=f"enough calls for kill {kill}",
-        )
+        for name in NAMES:
+            providers.await_messages(name, EACH * kill // (KILLS + 1), seconds=120)
         sender.kill()
         wait_for(sender.is_ready, seconds=60, what="the sender again")
     ended = {Status.SENT, Status.DELIVERED}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def a_push(number: int | str) -> Delivery:
     return a_delivery(f"paced-{number}", f"paced-{number}", address=f"fcm:token-{number}", channel=Channel.PUSH, route="fcm")
 
 
-def paced(stack: Stack, folder: Path, provider: Simulated, option: str) -> System:
+def paced(stack: Stack, folder: Path, provider: Simulated, option: str) -> AbstractContextManager[System]:
     return system(
         stack,
         folder,

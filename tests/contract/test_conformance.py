@@ -1,0 +1,321 @@
+"""What every provider promises (`channels.base`), held against its simulator: each way in which the protocol can fail."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import traceback
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from channels.base import Channel, Receipt
+from channels.config import parse_providers
+from channels.registry import BUILDERS
+from channels.simulators.registry import SIMULATORS, Simulator, build_simulator
+from channels.simulators.script import Script
+from schemas.errors import (
+    NotifyError,
+    ProviderError,
+    ProviderRefusedError,
+    ProviderRejectedError,
+    ProviderThrottledError,
+    ProviderUnavailableError,
+    SendUnknownError,
+)
+from schemas.messages import Content, Delivery, DeliveryReport
+from schemas.status import Status, Suppression
+from tests.harness import choose_port
+from tests.ports import no_ports
+
+NOW = dt.datetime.now(dt.UTC)
+PLANTED = "planted words of the message"
+NAMES = tuple(SIMULATORS)
+CHANNEL = {"smtp": "email", "smpp": "sms", "twilio": "sms", "fcm": "push", "apns": "push", "webpush": "push"}
+REPORTING = ("smpp",)  # those that report over the connection that they are called by
+NUMBER = "+4915223433333"
+ANY: type[NotifyError] = NotifyError
+
+
+class Peer:
+    """A simulator with a channel that is configured for it."""
+
+    def __init__(self, name: str, simulator: Simulator, channel: Channel, reports: list[DeliveryReport]) -> None:
+        self.name = name
+        self.simulator = simulator
+        self.channel = channel
+        self.reports = reports
+
+    def address(self, word: str = "device") -> str:
+        """Return an ordinary address, or with the word of a magic one that one."""
+        magic = {"bounce": 2, "refuse": 3, "throttle": 4, "timeout": 5, "gone": 6, "complain": 6}
+        match CHANNEL[self.name]:
+            case "email":
+                return f"{'complain' if word == 'gone' else word}@example.com"
+            case "sms":
+                return f"+4915223{magic[word]:06d}" if word in magic else NUMBER
+            case _:
+                name = f"magic-{'gone' if word in {'complain', 'gone'} else word}" if word in magic else word
+                return str(self.simulator.address(name))  # type: ignore[attr-defined]  # of the push services
+
+    def delivery(self, number: int = 1) -> Delivery:
+        channel = CHANNEL[self.name]
+        return Delivery(
+            delivery_id=f"{number:032x}-{channel}",
+            notification_id=f"{number:032x}",
+            user_id="u-1",
+            channel=channel,
+            lane="normal",
+            rule="message",
+            category="messages",
+            generation=0,
+            attempt=1,
+            sealed=b"",
+            accepted_at=NOW,
+            created_at=NOW,
+            expires_at=NOW + dt.timedelta(hours=1),
+            route={"sms": "DE", "push": self.name}.get(channel),
+        )
+
+    def content(self, word: str = "device") -> Content:
+        address = self.address(word)
+        match CHANNEL[self.name]:
+            case "email":
+                return Content(address=address, subject=PLANTED, text=PLANTED, html=f"<p>{PLANTED}</p>")
+            case "sms":
+                return Content(address=address, text=PLANTED)
+            case _:
+                return Content(address=address, title="FlowMart", message=PLANTED)
+
+    async def send(self, number: int = 1, word: str = "device") -> Receipt:
+        return await self.channel.send(self.delivery(number), self.content(word))
+
+    async def fails(self, kind: type[NotifyError], *, number: int = 1, word: str = "device") -> NotifyError:
+        with pytest.raises(kind) as caught:
+            await self.send(number, word)
+        text = "".join(traceback.format_exception(caught.value))
+        content = self.content(word)
+        assert PLANTED not in text
+        assert content.address.partition(":")[2] not in text if ":" in content.address else content.address not in text
+        return caught.value
+
+
+@asynccontextmanager
+async def a_peer(name: str, folder: Path, script: Script | None = None, *, option: str = "") -> AsyncIterator[Peer]:
+    reports: list[DeliveryReport] = []
+
+    async def report(found: DeliveryReport) -> None:
+        reports.append(found)
+
+    async with build_simulator(name, script=script or Script(), port=0, folder=folder) as simulator:
+        url = simulator.url + (f"{'&' if '?' in simulator.url else '?'}{option}" if option else "")
+        channel = channel_of(url, report)
+        try:
+            yield Peer(name, simulator, channel, reports)
+        finally:
+            await channel.close()
+
+
+def channel_of(url: str, report: object) -> Channel:
+    (config,) = parse_providers(url, {})
+    return BUILDERS[config.scheme](config, no_ports(report=report))  # type: ignore[arg-type]  # as given
+
+
+@pytest.fixture(params=NAMES)
+async def peer(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Peer]:
+    async with a_peer(request.param, tmp_path) as found:
+        await found.channel.open()
+        yield found
+
+
+async def let(peer: Peer, **script: float) -> None:
+    peer.simulator.script = Script(**script)
+
+
+async def eventually(condition: object, seconds: float = 10) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.01)
+
+
+async def test_what_is_accepted_is_sent_and_arrives_once(peer: Peer) -> None:
+    receipt = await peer.send()
+    assert receipt.status is Status.SENT
+    assert receipt.provider == peer.channel.provider
+    assert len(peer.simulator.messages) == 1
+
+
+async def test_many_at_once_arrive_once_each(peer: Peer) -> None:
+    many = min(32, peer.channel.max_open)
+    receipts = await asyncio.gather(*(peer.send(number) for number in range(many)))
+    assert len(peer.simulator.messages) == many
+    references = [peer.channel.reference_of(peer.delivery(number), receipt) for number, receipt in enumerate(receipts)]
+    known = [reference for reference in references if reference is not None]
+    assert len(set(known)) == len(known)
+
+
+async def test_slow_is_not_failed(peer: Peer) -> None:
+    await let(peer, latency=0.3)
+    assert (await peer.send()).status is Status.SENT
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "kind"),
+    [
+        ("refuse", ProviderRefusedError),
+        ("reject", ProviderRejectedError),
+        ("throttle", ProviderThrottledError),
+        ("unavailable", ProviderUnavailableError),
+        ("reset_before", ProviderError),
+        ("reset_after", SendUnknownError),
+    ],
+)
+async def test_each_failure_is_named_and_the_channel_goes_on(peer: Peer, behaviour: str, kind: type[NotifyError]) -> None:
+    await let(peer, **{behaviour: 1.0})
+    error = await peer.fails(kind)
+    assert getattr(error, "code", None), "without a code the trail says nothing"
+    if behaviour == "reset_before":
+        assert not isinstance(error, ProviderRejectedError)
+        assert not peer.simulator.messages
+    if behaviour == "reset_after":
+        assert len(peer.simulator.messages) == 1
+    await let(peer)
+    await eventually_sends(peer)
+
+
+async def eventually_sends(peer: Peer) -> None:
+    """A connection that broke may be found broken once more; a provider that is well is soon found well."""
+    for number in range(100, 110):
+        try:
+            assert (await peer.send(number)).status is Status.SENT
+        except ProviderUnavailableError:
+            await asyncio.sleep(0.2)
+        else:
+            return
+    raise AssertionError("the channel did not recover")
+
+
+async def test_a_throttled_call_says_how_long_to_wait_where_the_protocol_does(peer: Peer) -> None:
+    await let(peer, throttle=1.0, retry_after=7)
+    error = await peer.fails(ProviderThrottledError)
+    assert isinstance(error, ProviderThrottledError)
+    if peer.name in {"twilio", "fcm", "apns", "webpush"}:
+        assert error.retry_after_seconds == 7
+
+
+async def test_no_answer_and_an_answer_that_is_none_are_unknown(tmp_path: Path) -> None:
+    """All providers side by side: each waits for its own time limit."""
+
+    async def one(name: str, behaviour: str) -> None:
+        folder = tmp_path / f"{name}-{behaviour}"
+        folder.mkdir()
+        async with a_peer(name, folder, Script(**{behaviour: 1.0})) as found:
+            await found.channel.open()
+            async with asyncio.timeout(19):  # shorter than a drain
+                await found.fails(SendUnknownError)
+            found.simulator.script = Script()
+            await eventually_sends(found)
+
+    await asyncio.gather(*(one(name, behaviour) for name in NAMES for behaviour in ("time_out", "garbage")))
+
+
+async def test_nobody_there_is_unavailable_and_costs_nothing(peer: Peer) -> None:
+    host = peer.simulator.url.replace(f":{peer.simulator.port}", f":{choose_port()}")
+    away = channel_of(host, None)
+    await away.open()
+    try:
+        content = peer.content()
+        if CHANNEL[peer.name] == "push":
+            content = replace(content, address=content.address.replace(f":{peer.simulator.port}", f":{choose_port()}"))
+        with pytest.raises(ProviderUnavailableError):
+            await away.send(peer.delivery(), content)
+    finally:
+        await away.close()
+
+
+async def test_a_cancelled_call_leaves_the_channel_usable(peer: Peer) -> None:
+    await let(peer, latency=5)
+    call = asyncio.ensure_future(peer.send())
+    await eventually(lambda: len(peer.simulator.calls) == 1)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await let(peer)
+    await eventually_sends(peer)
+
+
+async def test_a_closed_channel_sends_nothing_and_may_be_opened_again(peer: Peer) -> None:
+    await peer.send()
+    await peer.channel.close()
+    await peer.fails(ProviderUnavailableError, number=2)
+    await peer.channel.open()
+    assert (await peer.send(3)).status is Status.SENT
+
+
+@pytest.mark.parametrize(("word", "kind"), [("refuse", ProviderRefusedError), ("throttle", ProviderThrottledError)])
+async def test_magic_recipients_do_the_same_whatever_the_script_says(peer: Peer, word: str, kind: type[NotifyError]) -> None:
+    await peer.fails(kind, word=word)
+    assert (await peer.send(2)).status is Status.SENT
+
+
+async def test_a_dead_device_is_suppressed(peer: Peer) -> None:
+    if CHANNEL[peer.name] != "push":
+        assert (await peer.send()).status is Status.SENT  # others say so later, in a report
+        return
+    error = await peer.fails(ProviderRejectedError, word="gone")
+    assert isinstance(error, ProviderRejectedError)
+    assert error.suppresses is Suppression.DEAD_TOKEN
+
+
+@pytest.mark.parametrize("name", REPORTING)
+@pytest.mark.parametrize(
+    ("script", "least", "most"),
+    [
+        (Script(), 1, 1),
+        (Script(receipts_doubled=1.0), 2, 2),
+        (Script(receipts_first=1.0), 1, 1),
+        (Script(receipts_delay=0.3), 1, 1),
+        (Script(receipts_lost=1.0), 0, 0),
+    ],
+    ids=["once", "twice", "before the answer", "late", "never"],
+)
+async def test_reports_come_in_under_the_reference_of_the_send(name: str, tmp_path: Path, script: Script, least: int, most: int) -> None:
+    async with a_peer(name, tmp_path, script) as found:
+        await found.channel.open()
+        receipt = await found.send()
+        reference = found.channel.reference_of(found.delivery(), receipt)
+        if least:
+            await eventually(lambda: len(found.reports) >= least)
+        else:
+            await found.send(2)
+        assert len(found.reports) <= most
+        for each in found.reports:
+            assert (each.provider, each.reference, each.status) == (found.channel.reported_as, reference, "delivered")
+        # however often it is told, it is one report
+        assert len({each.report_id for each in found.reports}) <= 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_wrong_credentials_are_the_accounts_fault_and_not_the_deliverys(name: str, tmp_path: Path) -> None:
+    async with a_peer(name, tmp_path) as found:
+        wrong = tmp_path / "wrong"
+        wrong.mkdir()
+        async with build_simulator(name, script=Script(), port=0, folder=wrong) as other:
+            # one account's credentials at another one's door
+            url = other.url.replace(f":{other.port}", f":{found.simulator.port}")
+            if name in {"smtp", "smpp", "twilio"}:
+                scheme, _, rest = found.simulator.url.partition("://")
+                url = f"{scheme}://nobody:wrong@{rest.rpartition('@')[2]}"
+            if name in {"fcm", "apns", "webpush"}:
+                url = url.replace(str(wrong / "ca.pem"), str(tmp_path / "ca.pem"))
+            stranger = channel_of(url, None)
+            await stranger.open()
+            try:
+                with pytest.raises(ProviderUnavailableError):
+                    await stranger.send(found.delivery(), found.content())
+            finally:
+                await stranger.close()
+        assert not found.simulator.messages

@@ -34,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that was granted, to be given back with how it ended. `reason`: why this provider, for the trail."""
+    """A call that was granted, to be given back when its end is recorded. `reason`: why this provider, for the trail."""
 
     line: Line
     reason: str | None
@@ -106,12 +106,10 @@ class Gateway:
         times = [line.provider.circuit.opens_at(now) for line in self.lines if line.provider.carries(route)]
         return max(0.0, min((at for at in times if at < math.inf), default=now) - now)
 
-    def give_back(self, call: Call, ended: Ended | None, *, asked_seconds: float = 0.0, reason: str = "") -> None:
+    def note(self, call: Call, ended: Ended | None, *, asked_seconds: float = 0.0, reason: str = "") -> None:
         """Note how a call ended. None: it was cancelled, or says nothing about its provider."""
         now = time.monotonic()
         provider = call.line.provider
-        call.line.free += 1
-        self.metrics.attempts_open.labels(provider.name).dec()
         was_open = provider.circuit.is_open
         provider.record(
             now,
@@ -125,6 +123,15 @@ class Gateway:
         if provider.circuit.is_open != was_open:
             word = "held" if provider.circuit.is_open else "resumed"
             log.warning("provider.%s channel=%s provider=%s reason=%s", word, self.name, provider.name, provider.circuit.reason)
+            self._wake()
+
+    def give_back(self, call: Call) -> None:
+        """Let the next call begin, now that the end of this one is recorded: what a crash can double are recorded intents."""
+        call.line.free += 1
+        self.metrics.attempts_open.labels(call.line.provider.name).dec()
+        self._wake()
+
+    def _wake(self) -> None:
         for wake in self.wakes:
             wake.set()
         self.wakes.clear()

@@ -385,6 +385,10 @@ class SendingShard(Shard):
         finished = self._move_watermarks()
         self._prune(now)
         await self.commit(len(ended) + len(starts))
+        for job, _ in ended:
+            if job.call is not None:
+                self._providers.gateways[job.delivery.channel].give_back(job.call)
+                job.call = None
         for topic, (watermark, count) in finished.items():
             lane = self.lanes[topic]
             lane.watermark = watermark
@@ -637,7 +641,8 @@ class SendingShard(Shard):
                 end = await call.line.channel.send(delivery, content)
                 said = said_of_provider(end)
         except asyncio.CancelledError:
-            gateway.give_back(call, None)
+            gateway.note(call, None)
+            gateway.give_back(call)
             raise
         except Exception as error:
             end = error
@@ -645,8 +650,7 @@ class SendingShard(Shard):
             if isinstance(error, ProviderRejectedError) and error.suppresses is Suppression.DEAD_TOKEN and key is not None:
                 job.device = seal(key, pack(Contact(devices=[content.address])), user_id=delivery.user_id, purpose="contact")
         asked = end.retry_after_seconds or 0.0 if isinstance(end, ProviderError) else 0.0
-        gateway.give_back(call, said, asked_seconds=asked, reason=str(getattr(end, "code", "") or ""))
-        job.call = None
+        gateway.note(call, said, asked_seconds=asked, reason=str(getattr(end, "code", "") or ""))
         self._ended.append((job, end))
         self.wake.set()
 

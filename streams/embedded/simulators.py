@@ -19,7 +19,6 @@ from typing import Final
 
 from streams.embedded.processes import Launch, Server, inherited_environment
 
-HOSTED: Final = ("smpp", "twilio", "fcm", "apns", "webpush")  # mail has a server with an inbox page
 PROVIDERS_FILE: Final = "providers.toml"
 REPORTED_AFTER_SECONDS: Final = 0.3
 
@@ -59,7 +58,7 @@ class SimulatorsServer(Server):
 
 async def host(data_dir: Path) -> None:
     """Run every simulator until a signal says stop."""
-    from channels.simulators.registry import build_simulator  # what starts and stops the process has no use for them
+    from channels.simulators.registry import SIMULATORS, build_simulator  # what starts and stops the process has no use for them
     from channels.simulators.script import Script
 
     script = Script(receipts_delay=REPORTED_AFTER_SECONDS)
@@ -68,7 +67,7 @@ async def host(data_dir: Path) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as running:
         tables: list[str] = []
-        for name in HOSTED:
+        for name in SIMULATORS.keys() - {"smtp"}:  # mail has a server with an inbox page
             folder = data_dir / name
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             made = await running.enter_async_context(build_simulator(name, script=script, port=0, folder=folder))

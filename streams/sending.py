@@ -369,15 +369,7 @@ class SendingShard(Shard):
             self.publish(*deferred)
         self._deferred.clear()
         now = datetime.now(UTC)
-        for job, delayed in self._stepped_back:
-            self._record_cut_off(job, now)
-            job.number -= 1  # it has not begun
-            self.publish(*delayed)
-            self._finish(job, AttemptState.DELAYED, now, unknown_at=job.asks)
-        self._stepped_back.clear()
-        for change in self._settlements:
-            self._record_settlement(change, now)
-        self._settlements.clear()
+        self._record_without_call(now)
         for job, end in ended:
             self._record_end(job, end, now)
         for job in starts:
@@ -397,6 +389,18 @@ class SendingShard(Shard):
             call = asyncio.create_task(self._call(job))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
+
+    def _record_without_call(self, now: datetime) -> None:
+        """Record what goes back to the role delay to make room, and what reports settled."""
+        for job, delayed in self._stepped_back:
+            self._record_cut_off(job, now)
+            job.number -= 1  # it has not begun
+            self.publish(*delayed)
+            self._finish(job, AttemptState.DELAYED, now, unknown_at=job.asks)
+        self._stepped_back.clear()
+        for change in self._settlements:
+            self._record_settlement(change, now)
+        self._settlements.clear()
 
     def _record_start(self, job: Job, now: datetime) -> None:
         assert job.call is not None

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from channels.simulators.apns import ApnsSimulator
 from channels.simulators.fcm import FcmSimulator
+from channels.simulators.smpp import SmppSimulator
+from channels.simulators.twilio import TwilioSimulator
 from channels.simulators.webpush import WebPushSimulator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from channels.simulators.script import Script
 
@@ -21,8 +23,11 @@ class Simulator(Protocol):
     """A provider on loopback. Entering it starts it; what it was started with stays when it ends."""
 
     script: Script  # may be replaced at any time
-    messages: deque[Any]  # what was accepted, the newest last
     calls: deque[float]  # when it was called, by a monotonic clock, the newest last
+
+    @property
+    def messages(self) -> Collection[Any]:
+        """What was accepted, the newest last."""
 
     @property
     def port(self) -> int:
@@ -41,6 +46,8 @@ class Simulator(Protocol):
 
 # name -> (its port unless told, whether it makes credentials in a folder, its class)
 SIMULATORS: Mapping[str, tuple[int, bool, Callable[..., Simulator]]] = {
+    "smpp": (2775, False, SmppSimulator),
+    "twilio": (4010, False, TwilioSimulator),
     "fcm": (4011, True, FcmSimulator),
     "apns": (4012, True, ApnsSimulator),
     "webpush": (4013, True, WebPushSimulator),

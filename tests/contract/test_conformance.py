@@ -19,7 +19,6 @@ from channels.simulators.registry import SIMULATORS, Simulator, build_simulator
 from channels.simulators.script import Script
 from schemas.errors import (
     NotifyError,
-    ProviderError,
     ProviderRefusedError,
     ProviderRejectedError,
     ProviderThrottledError,
@@ -169,7 +168,7 @@ async def test_slow_is_not_failed(peer: Peer) -> None:
         ("reject", ProviderRejectedError),
         ("throttle", ProviderThrottledError),
         ("unavailable", ProviderUnavailableError),
-        ("reset_before", ProviderError),
+        ("reset_before", NotifyError),
         ("reset_after", SendUnknownError),
     ],
 )
@@ -178,7 +177,8 @@ async def test_each_failure_is_named_and_the_channel_goes_on(peer: Peer, behavio
     error = await peer.fails(kind)
     assert getattr(error, "code", None), "without a code the trail says nothing"
     if behaviour == "reset_before":
-        assert not isinstance(error, ProviderRejectedError)
+        # over HTTP/1.1 nobody can tell whether a request was worked on before the connection broke
+        assert isinstance(error, SendUnknownError if peer.name == "twilio" else ProviderUnavailableError | ProviderRefusedError)
         assert not peer.simulator.messages
     if behaviour == "reset_after":
         assert len(peer.simulator.messages) == 1

@@ -106,6 +106,7 @@ class Http2Client:
         name = f"[{host}]" if ":" in host else host
         self._authority = steady(":authority", name if port == default_port else f"{name}:{port}")
         self._scheme = steady(":scheme", "https" if tls else "http")
+        self._last_path = ""
         self._connections: list[_Connection] = []
         self._connecting: asyncio.Task[str | None] | None = None
         self._changed = asyncio.Event()
@@ -121,7 +122,10 @@ class Http2Client:
         - ProviderRefusedError `refused_stream`: not taken, others may be.
         - SendUnknownError `timeout`, `connection`, `stream_reset`, `protocol`, `too_long`, `closed`: everything left.
         """
-        head = [_POST, self._scheme, self._authority, varying(":path", path), *headers, varying("content-length", str(len(body)))]
+        # FCM has one path for all, Apple one for each device
+        where = (steady if path == self._last_path else varying)(":path", path)
+        self._last_path = path
+        head = [_POST, self._scheme, self._authority, where, *headers, varying("content-length", str(len(body)))]
         stream: _Stream | None = None
         try:
             async with asyncio.timeout(self._total_seconds if seconds is None else min(seconds, self._total_seconds)):

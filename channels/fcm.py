@@ -65,6 +65,7 @@ SCOPE: Final = "https://www.googleapis.com/auth/firebase.messaging"
 MAX_PAYLOAD_BYTES: Final = 4_096
 _JSON: Final = steady("content-type", "application/json")
 _MESSAGE_NAME: Final = re.compile(r"projects/[^/\s]{1,100}/messages/[\w:%.=-]{1,200}", re.ASCII)
+_ACCESS_TOKEN: Final = re.compile(r"[!-~]+")
 _THIRD_PARTY: Final = "THIRD_PARTY_AUTH_ERROR"
 _QUOTA_SECONDS: Final = 60.0  # what Google asks for where it names no time
 _TOKEN_SECONDS: Final = 4.0  # with a request's 12 s shorter than a drain (streams.runner.DRAIN_SECONDS)
@@ -130,8 +131,9 @@ class AccessTokens:
         """Fetch a token; return a code when that fails."""
         try:
             token, seconds = await asyncio.to_thread(self._fetch)
-        except google.auth.exceptions.GoogleAuthError as error:
-            # no cause: what the endpoint answered may quote the assertion
+        except (google.auth.exceptions.GoogleAuthError, OSError, ValueError, TypeError, KeyError) as error:
+            # beside its own errors google-auth lets through what an answer that is none leads to; no cause: it may quote
+            # the assertion
             self._renew_at = self._now() + _AGAIN_SECONDS
             return "connect" if isinstance(error, google.auth.exceptions.TransportError) else "token"
         finally:
@@ -152,7 +154,10 @@ class AccessTokens:
             self._credentials.refresh(partial(ask, timeout=_TOKEN_SECONDS))
         expires: datetime | None = self._credentials.expiry
         seconds = 0.0 if expires is None else (expires.replace(tzinfo=UTC) - datetime.now(UTC)).total_seconds()
-        return self._credentials.token, seconds
+        token = self._credentials.token
+        if not isinstance(token, str) or not _ACCESS_TOKEN.fullmatch(token):
+            raise ValueError("the access token cannot stand in a header")
+        return token, seconds
 
 
 class _Trusting(HTTPAdapter):

@@ -9,6 +9,7 @@ Google end connections so every day), and lets a silent stream time all its neig
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 import struct
 from collections import deque
@@ -106,6 +107,8 @@ class Http2Client:
         name = f"[{host}]" if ":" in host else host
         self._authority = steady(":authority", name if port == default_port else f"{name}:{port}")
         self._scheme = steady(":scheme", "https" if tls else "http")
+        # at DEBUG it writes every header down: device tokens, and our own
+        logging.getLogger("hpack").setLevel(logging.INFO)
         self._last_path = ""
         self._connections: list[_Connection] = []
         self._connecting: asyncio.Task[str | None] | None = None
@@ -140,6 +143,8 @@ class Http2Client:
                             raise error.error from None
                         is_repeated = True
         except TimeoutError:
+            if stream is not None:
+                stream.connection.suspect(stream)
             if stream is None or not stream.is_sent:
                 raise ProviderUnavailableError("no connection to the provider was free in time", code="timeout") from None
             raise SendUnknownError("the provider did not answer in time", code="timeout") from None
@@ -161,7 +166,7 @@ class Http2Client:
             for connection in self._connections:
                 if connection.has_room and await connection.is_alive(self._quiet_seconds) and connection.has_room:
                     return connection
-            if self._connecting is None and len(self._connections) < self._max_connections:
+            if self._connecting is None and sum(not each.is_leaving for each in self._connections) < self._max_connections:
                 self._connecting = asyncio.create_task(self._connect())
                 self._connecting.add_done_callback(self._connected)
             if self._connecting is not None:
@@ -200,13 +205,13 @@ class Http2Client:
         finally:
             if not is_ready or not self._is_open:
                 connection.abort()
-        if not connection.has_room:
+        if connection.is_leaving:
             return "connect"  # greeted us and left
         self._connections.append(connection)
         return None
 
     def forget(self, connection: _Connection) -> None:
-        """Take no more requests to a connection that ended."""
+        """Remember a connection no longer, since it ended."""
         if connection in self._connections:
             self._connections.remove(connection)
         self._changed.set()
@@ -253,7 +258,8 @@ class _Connection(asyncio.Protocol):
         self._blocked: deque[_Stream] = deque()
         self._complete: list[_Stream] = []  # that the next write brings to their end
         self._is_flush_due = False
-        self._is_leaving = False  # takes no new requests
+        self.is_leaving = False  # takes no new requests
+        self._is_dead = False  # as far as we can tell
         self._opened = 0
         self._heard_at = loop.time()
         self._pong: asyncio.Future[None] | None = None
@@ -272,7 +278,7 @@ class _Connection(asyncio.Protocol):
     @property
     def has_room(self) -> bool:
         """Say whether one more request may begin."""
-        return not self._is_leaving and len(self._streams) < min(self._h2.remote_settings.max_concurrent_streams, _UNLIMITED_STREAMS)
+        return not self.is_leaving and len(self._streams) < min(self._h2.remote_settings.max_concurrent_streams, _UNLIMITED_STREAMS)
 
     def request(self, headers: list[tuple[bytes, bytes]], body: bytes) -> _Stream:
         """Begin a request; there has to be room."""
@@ -280,7 +286,7 @@ class _Connection(asyncio.Protocol):
         stream = _Stream(number=number, connection=self, answer=self._loop.create_future(), rest=body)
         self._streams[number] = stream
         self._opened += 1
-        self._is_leaving = self._is_leaving or self._opened >= _FORGET_STREAMS
+        self.is_leaving = self.is_leaving or self._opened >= _FORGET_STREAMS
         self._h2.send_headers(number, headers, end_stream=False)
         self._send_body(stream)
         self._flush_soon()
@@ -294,11 +300,16 @@ class _Connection(asyncio.Protocol):
             return
         with suppress(h2.exceptions.ProtocolError):
             self._h2.reset_stream(stream.number, h2.errors.ErrorCodes.CANCEL)
-        if stream.is_sent and self._heard_at < stream.sent_at:
-            # not a word since: it may be dead without our knowing; those in flight may still be lucky
-            self._is_leaving = True
         self._flush_soon()
         self._freed()
+
+    def suspect(self, stream: _Stream) -> None:
+        """Take no more requests where a request got no answer in time, nor anything else came since it was sent.
+
+        Such a connection may be dead without our knowing. Requests in flight may still be lucky.
+        """
+        if stream.is_sent and self._heard_at < stream.sent_at:
+            self.is_leaving = self._is_dead = True
 
     async def is_alive(self, quiet_seconds: float) -> bool:
         """Return False, and end the connection, when it was silent for so long and does not answer now."""
@@ -314,7 +325,7 @@ class _Connection(asyncio.Protocol):
         except TimeoutError:
             self.abort()
             return False
-        return not self._is_leaving
+        return not self.is_leaving
 
     async def close(self) -> None:
         """Say goodbye, fail what still runs, and return when nothing is left."""
@@ -329,7 +340,7 @@ class _Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Cut the connection."""
-        self._is_leaving = True
+        self.is_leaving = True
         if self._transport is not None:
             self._transport.abort()
 
@@ -450,7 +461,7 @@ class _Connection(asyncio.Protocol):
         if len(payload) < 8:
             raise h2.exceptions.FrameDataMissingError
         last, code = struct.unpack_from(">II", payload)
-        self._is_leaving = True
+        self.is_leaving = True
         for stream in [stream for number, stream in self._streams.items() if number > last & 0x7FFFFFFF]:
             del self._streams[stream.number]
             error = ProviderUnavailableError("the provider ended the connection before it took the request", code="goaway")
@@ -458,15 +469,17 @@ class _Connection(asyncio.Protocol):
         self._freed()
 
     def _freed(self) -> None:
-        if self._is_leaving and not self._streams and self._transport is not None:
-            self._flush()
-            self._transport.close()
-            self._client.forget(self)
+        if self.is_leaving and not self._streams and self._transport is not None:
+            if self._is_dead:
+                self._transport.abort()  # nobody would read a farewell
+            else:
+                self._flush()
+                self._transport.close()
         self._client.wake()
 
     def _fail_all(self, code: str) -> None:
         """Fail every request: those that left completely are of unknown end."""
-        self._is_leaving = True
+        self.is_leaving = True
         streams, self._streams = self._streams, {}
         self._blocked.clear()
         for stream in streams.values():

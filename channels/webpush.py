@@ -6,11 +6,16 @@
 `subject`: whom a push service may tell of trouble, a mailto: or https: address. `origins`: more hosts to post to than the
 known push services, such as `https://push.example:8443` or `*.push.example`, by comma. `insecure_loopback=1`: also take
 endpoints with http on this host. `ca`: PEM of the authorities to trust instead of the system's. The last three are for
-simulators. Endpoints come from users: none is called whose host is not in the list, and no redirection is followed.
+simulators.
+
+Endpoints come from users. None is called whose host is not in the list, and no redirection is followed. Nor may users who
+hand in endpoints that do not work make the provider look out of service to all others: a host below a listed domain
+that does not answer, or credentials refused where they were accepted just before, concern that one subscription.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -62,6 +67,7 @@ _RECORD_BYTES: Final = 4_096
 _TOKEN_SECONDS: Final = 12 * 3_600  # RFC 8292 section 2: at most 24 hours
 _RENEW_SECONDS: Final = 3_600
 _MAX_ORIGINS: Final = 64  # with connections at a time: services spread over hosts
+_KNOWN_SECONDS: Final = 600.0
 _SENT: Final = frozenset({201, 202})
 _URGENCY: Final = {Lane.CRITICAL: steady("urgency", "high"), Lane.NORMAL: steady("urgency", "normal"), Lane.BULK: steady("urgency", "low")}
 _ENCODING: Final = steady("content-encoding", "aes128gcm")
@@ -116,11 +122,14 @@ class Origins:
 
     def allow(self, parts: SplitResult) -> bool:
         """Say whether an endpoint may be called."""
-        host = parts.hostname or ""
+        host, port = parts.hostname or "", parts.port or 443
         if parts.scheme != "https":
             return self._insecure_loopback and host in LOOPBACK
-        port = parts.port or 443
         return (host, port) in self._hosts or any(port == at and host.endswith(f".{domain}") for domain, at in self._domains)
+
+    def is_named(self, parts: SplitResult) -> bool:
+        """Say whether an endpoint's host is in the list itself, and not only the domain above it: then it exists."""
+        return parts.scheme != "https" or (parts.hostname or "", parts.port or 443) in self._hosts
 
 
 class WebPushChannel(PushChannel):
@@ -149,6 +158,7 @@ class WebPushChannel(PushChannel):
         self._now = now
         self._total_seconds = total_seconds
         self._clients: OrderedDict[str, _Client] = OrderedDict()
+        self._accepted_at: dict[str, float] = {}  # origin -> when it took a message last
         self._is_open = False
 
     async def open(self) -> None:
@@ -179,11 +189,17 @@ class WebPushChannel(PushChannel):
             varying("topic", topic),
         ]
         path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-        answer = await self._post(origin, parts, path, headers, body)
+        try:
+            answer = await self._post(origin, parts, path, headers, body)
+        except ProviderUnavailableError as error:
+            if self._origins.is_named(parts) or not self._is_open:
+                raise
+            raise ProviderRefusedError("the subscription's host does not answer", code=error.code) from None
         if answer.status in _SENT:
+            self._accepted_at[origin] = self._now()
             reference = _reference(answer, subscription) or topic
             return Receipt(provider=self.provider, reference=reference, status=Status.SENT, code=str(answer.status))
-        raise _error(answer, datetime.fromtimestamp(self._now(), UTC))
+        raise _error(answer, datetime.fromtimestamp(self._now(), UTC), is_known=self._is_known(origin))
 
     async def close(self) -> None:
         """End the connections."""
@@ -191,6 +207,10 @@ class WebPushChannel(PushChannel):
         while self._clients:
             _, client = self._clients.popitem()
             await client.close()
+
+    def _is_known(self, origin: str) -> bool:
+        """Say whether a service took a message from us a little while ago: then it is there, and our credentials are good."""
+        return 0 <= self._now() - self._accepted_at.get(origin, -math.inf) < _KNOWN_SECONDS
 
     async def _post(self, origin: str, parts: SplitResult, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> Answer:
         client = await self._client(origin, parts)
@@ -219,7 +239,8 @@ class WebPushChannel(PushChannel):
             self._clients[origin] = client
         self._clients.move_to_end(origin)
         while len(self._clients) > max(_MAX_ORIGINS, self.max_open + 1):  # more than calls run: the oldest is idle
-            _, oldest = self._clients.popitem(last=False)
+            name, oldest = self._clients.popitem(last=False)
+            self._accepted_at.pop(name, None)
             await oldest.close()
         return client
 
@@ -268,7 +289,7 @@ def _reference(answer: Answer, subscription: Subscription) -> str | None:
     return name if _LAST_SEGMENT.fullmatch(name) and name not in subscription.endpoint else None
 
 
-def _error(answer: Answer, now: datetime) -> NotifyError:
+def _error(answer: Answer, now: datetime, *, is_known: bool) -> NotifyError:
     reason = json_of(answer).get("reason")
     code = code_of(answer, reason)
     if answer.status in {404, 410}:  # RFC 8030 section 7.3
@@ -277,6 +298,8 @@ def _error(answer: Answer, now: datetime) -> NotifyError:
         # Apple and Google say that it is this subscription's: others may pass. A new key by mistake would meet it at each,
         # so nothing is rejected for good
         return ProviderRefusedError("the subscription was made for another key than ours", code=code)
+    if is_known and (answer.status in {401, 403} or 300 <= answer.status < 400):
+        return ProviderRefusedError("the service accepts us, but not for this subscription", code=code)
     return failure(answer, code, now)
 
 

@@ -626,6 +626,36 @@ async def test_a_token_endpoint_that_is_down_is_unavailable() -> None:
     assert (type(error), error.code) == (ProviderUnavailableError, "connect")
 
 
+class Garbled(FcmSimulator):
+    """A token endpoint that answers one thing."""
+
+    token_reply = Reply(status=200)
+
+    def other(self, request: Request) -> Reply | None:
+        return self.token_reply if request.path == "/token" else None
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, b""),
+        (200, b"<html>planted"),
+        (200, b"[]"),
+        (200, b"{}"),
+        (200, b'{"access_token": 7, "expires_in": 3600}'),
+        (200, b'{"access_token": "pl\\u00e4nted", "expires_in": 3600}'),
+        (200, b'{"access_token": "planted", "expires_in": "soon"}'),
+        (403, b'{"error": "planted"}'),
+        (403, b"[1]"),
+    ],
+)
+async def test_a_token_endpoint_that_answers_nonsense_is_unavailable(status: int, body: bytes) -> None:
+    async with running(Service(fcm, Garbled, FcmChannel)) as (simulator, channel):
+        simulator.token_reply = Reply(status=status, body=body)
+        error = await failure(channel, a_content(simulator))
+        assert (type(error), error.code) == (ProviderUnavailableError, "token")
+
+
 # --- APNs -------------------------------------------------------------------------------------------------------------
 
 
@@ -868,6 +898,38 @@ async def test_no_host_is_called_that_is_not_in_the_list() -> None:
                 error = await failure(channel, content)
                 assert (type(error), error.code) == (ProviderRejectedError, "origin")
         assert simulator.server.connections == 0
+
+
+async def test_a_host_that_a_user_made_up_is_no_outage_of_the_services() -> None:
+    async with running(SERVICES["webpush"]) as (simulator, channel):
+        await channel.send(a_delivery(), a_content(simulator))
+        for host in ("planted.notify.windows.invalid", "xn--.notify.windows.invalid"):
+            config = config_of(simulator.url)
+            config = replace(config, options={**config.options, "origins": f"{simulator.origin},*.notify.windows.invalid"})
+            address = f"webpush:{json.dumps({**simulator.subscription(NAME), 'endpoint': f'https://{host}/x'})}"
+            async with opened(WebPushChannel(config, PORTS)) as other:
+                error = await failure(other, a_content(simulator, address=address))
+                assert (type(error), error.code) == (ProviderRefusedError, "connect")
+
+
+@pytest.mark.parametrize("status", [401, 403, 302])
+async def test_credentials_that_were_accepted_just_before_are_refused_for_one_subscription_only(status: int) -> None:
+    clock = [1_800_000_000.0]
+    async with AsyncExitStack() as stack:
+        simulator = await stack.enter_async_context(BrowsersSay(clock=lambda: clock[0]))
+        channel = await stack.enter_async_context(opened(WebPushChannel(config_of(simulator.url), PORTS, now=lambda: clock[0])))
+        for reply, minutes, kind in (
+            (status, 0, ProviderUnavailableError),
+            (None, 0, None),
+            (status, 9, ProviderRefusedError),
+            (status, 2, ProviderUnavailableError),
+        ):
+            clock[0] += minutes * 60
+            simulator.reply = None if reply is None else Reply(status=reply)
+            if kind is None:
+                await channel.send(a_delivery(), a_content(simulator))
+            else:
+                assert type(await failure(channel, a_content(simulator))) is kind
 
 
 @pytest.mark.parametrize(
@@ -1175,6 +1237,44 @@ async def test_a_connection_that_died_unseen_is_found_before_a_message_is_risked
         await client.close()
         await tunnel.close()
     await server.stop()
+
+
+async def test_a_connection_that_went_silent_is_left_and_does_not_linger() -> None:
+    server = HttpServer(lambda _: (0.0, Reply(status=200)))
+    await server.start(None)
+    tunnel = Tunnel(server.port)
+    async with await asyncio.start_server(tunnel.accept, "127.0.0.1", 0) as listening:
+        client = Http2Client("127.0.0.1", listening.sockets[0].getsockname()[1], tls=None, total_seconds=0.3)
+        await client.post("/", [], b"x")
+        tunnel.freeze()
+        with pytest.raises(SendUnknownError):
+            await client.post("/", [], b"x")
+        assert (await client.post("/", [], b"x")).status == 200
+        assert server.connections == 2
+        assert len(client._connections) == 1
+        await client.close()
+        await tunnel.close()
+    await server.stop()
+
+
+async def test_a_call_that_is_cancelled_is_no_sign_of_a_dead_connection() -> None:
+    async with plain_server(lambda request: (30.0 if request.path == "/slow" else 0.0, Reply(status=200))) as (server, client):
+        await client.post("/", [], b"x")
+        slow = asyncio.create_task(client.post("/slow", [], b"x"))
+        await until(lambda: bool(client._connections[0]._streams))
+        await asyncio.sleep(0)
+        slow.cancel()
+        await asyncio.gather(slow, return_exceptions=True)
+        await client.post("/", [], b"x")
+        assert server.connections == 1
+
+
+async def test_a_peer_that_allows_no_call_for_now_is_waited_for() -> None:
+    async with plain_server(lambda _: (0.0, Reply(status=200)), total_seconds=0.5) as (server, client):
+        server.max_streams = 0
+        with pytest.raises(ProviderUnavailableError) as caught:
+            await client.post("/", [], b"x")
+        assert caught.value.code == "timeout"
 
 
 async def test_headers_that_stay_the_same_are_sent_once() -> None:

@@ -30,6 +30,7 @@ accepted and lost while it delivered the last: where that matters, `long=payload
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import random
@@ -89,16 +90,10 @@ K = TypeVar("K")
 log = logging.getLogger(__name__)
 
 _PORTS: Final = {"smpp": 2775, "smpps": 3550}
-_CONNECT_SECONDS: Final = 5.0
-_ANSWER_SECONDS: Final = 10.0
-# of one send, whatever it meets: shorter than a drain (streams.runner.DRAIN_SECONDS)
-_TOTAL_SECONDS: Final = 16.0
-_PROBE_SECONDS: Final = 10.0
 _UNBIND_SECONDS: Final = 1.0
 _UNKNOWN_SECONDS: Final = 600.0
 _BACKOFF_SECONDS: Final = (0.5, 30.0)
 _MAX_REMEMBERED: Final = 10_000
-_MAX_REPORTS: Final = 200  # of receipts that are being made durable; the carrier sends the others again
 _MAX_VALIDITY_SECONDS: Final = 2 * 86_400  # carriers refuse what is longer than they keep messages; theirs applies then
 _LEAST_VALIDITY_SECONDS: Final = 60
 
@@ -217,8 +212,11 @@ class Carrier:
     max_segments: int = sms.MAX_SEGMENTS
     enquire_seconds: float = 30.0
     has_echo: bool = True
-    connect_seconds: float = _CONNECT_SECONDS
-    answer_seconds: float = _ANSWER_SECONDS
+    connect_seconds: float = 5.0
+    answer_seconds: float = 10.0
+    total_seconds: float = 16.0  # of one send, whatever it meets: shorter than a drain (streams.runner.DRAIN_SECONDS)
+    probe_seconds: float = 10.0  # for the answer to enquire_link
+    max_reports: int = 200  # receipts that are being made durable; the carrier sends the others again
 
 
 class Told(NamedTuple):
@@ -325,6 +323,8 @@ class SmppChannel:
         self._keeper: asyncio.Task[None] | None = None
         self._reports: set[asyncio.Task[None]] = set()
         self._secret = os.urandom(16)
+        # counted, not computed: two long messages to one telephone at the same time must not share a reference
+        self._joints = itertools.count(self._secret[0])
         # by the recipient: the name of the last message to him, for when he answers STOP
         self._last: _Memory[bytes] = _Memory()
         # by the recipient and our mark: ids of messages whose answer came too late, or whose receipt repeats the mark
@@ -358,7 +358,7 @@ class SmppChannel:
         - `connection`, `timeout`, `protocol`, `silent`, `unbound`, `closed`: broke off, took too long, answered what is no
           SMPP, was silent, was ended by the carrier or by us; unknown when the last or only segment had been handed over.
         """
-        deadline = asyncio.get_running_loop().time() + _TOTAL_SECONDS
+        deadline = asyncio.get_running_loop().time() + self._carrier.total_seconds
         number = sms.carried(content.address, self.routes)
         if not content.text:
             raise ProviderRejectedError("no text to send", code="content")
@@ -429,8 +429,9 @@ class SmppChannel:
         try:
             return await asyncio.shield(binding)
         except asyncio.CancelledError:
-            if not binding.cancelled():
-                raise  # the caller is cancelled, not the attempt
+            task = asyncio.current_task()
+            if not binding.cancelled() or (task is not None and task.cancelling()):
+                raise  # the caller is cancelled, not the attempt alone
             raise ProviderUnavailableError("the channel was closed meanwhile", code="closed") from None
         except ProviderUnavailableError as error:  # a new one for each who waits: they may be raised on in parallel
             raise ProviderUnavailableError(str(error), code=error.code) from None
@@ -476,7 +477,7 @@ class SmppChannel:
         is_gsm = text.encoding is sms.Encoding.GSM7
         parts = [sms.encode_gsm7(part) if is_gsm else part.encode("utf-16-be") for part in text.parts]
         is_joined = len(parts) > 1 and carrier.long is Long.UDH
-        parts = smpp_pdu.joined(sms.mark(delivery, 8), parts) if is_joined else [b"".join(parts)]
+        parts = smpp_pdu.joined(next(self._joints) % 256, parts) if is_joined else [b"".join(parts)]
         is_payload = len(text.parts) > 1 and not is_joined
         echo: dict[int, bytes] = {Tag.USER_MESSAGE_REFERENCE: sms.mark(delivery, 16).to_bytes(2, "big")} if carrier.has_echo else {}
         validity = _validity(delivery)
@@ -505,7 +506,7 @@ class SmppChannel:
 
     def _take_delivery(self, session: _Session, pdu: Pdu) -> None:
         """Take a deliver_sm in: it is acknowledged when what it says is durable."""
-        if len(self._reports) >= _MAX_REPORTS:
+        if len(self._reports) >= self._carrier.max_reports:
             session.answer(pdu, Answer.ESME_RX_T_APPN)
             return
         task = asyncio.create_task(self._pass_on(session, pdu))
@@ -790,7 +791,7 @@ class _Session(asyncio.Protocol):
                 continue
             self._probe.clear()
             try:
-                async with asyncio.timeout(_PROBE_SECONDS):
+                async with asyncio.timeout(self._carrier.probe_seconds):
                     await self.call(Command.ENQUIRE_LINK)
             except TimeoutError:
                 self._watch = None  # this one, which ends by itself

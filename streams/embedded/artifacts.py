@@ -44,8 +44,10 @@ Progress = Callable[[str], None]
 
 KAFKA: Final = "kafka"
 REGISTRY: Final = "registry"
+CARRIER: Final = "carrier"
 KAFKA_VERSION: Final = "4.4.0"
 REGISTRY_VERSION: Final = "3.3.3"
+CARRIER_VERSION: Final = "3.0.2"
 STAMP: Final = ".complete"
 ATTEMPTS: Final = 3
 PARALLEL_DOWNLOADS: Final = 6
@@ -95,7 +97,7 @@ class Artifact:
 
 @cache
 def pinned(name: str) -> tuple[Artifact, ...]:
-    """Return the files of the set `name` (KAFKA or REGISTRY)."""
+    """Return the files of the set `name` (KAFKA, REGISTRY or CARRIER)."""
     rows = (files(__package__) / "artifacts.sha256").read_text(encoding="ascii").splitlines()
     fields = [row.split() for row in rows if row.startswith(f"{name} ")]
     return tuple(Artifact(sha256=digest, size_bytes=int(size), coordinate=where) for _, digest, size, where in fields)
@@ -140,6 +142,12 @@ async def obtain_kafka(cache_dir: Path, progress: Progress) -> str:
 async def obtain_registry(cache_dir: Path, progress: Progress) -> Path:
     """Return the folder of the schema registry, downloading 151 MB the first time. Raises ArtifactError."""
     return await _obtain(cache_dir, REGISTRY, f"apicurio-registry-{REGISTRY_VERSION}", _unpack, progress)
+
+
+async def obtain_carrier(cache_dir: Path, progress: Progress) -> str:
+    """Return the class path of jSMPP's simulator of an SMS carrier, downloading 0.6 MB the first time. Raises ArtifactError."""
+    folder = await _obtain(cache_dir, CARRIER, f"jsmpp-{CARRIER_VERSION}", _keep_jars, progress)
+    return os.pathsep.join(str(folder / each.filename) for each in pinned(CARRIER))
 
 
 async def _obtain(cache_dir: Path, name: str, title: str, install: Callable[[list[Path], Path], None], progress: Progress) -> Path:

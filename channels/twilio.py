@@ -276,8 +276,8 @@ class TwilioChannel:
             is_passing = isinstance(meaning, ProviderThrottledError | ProviderUnavailableError)
             raise meaning if is_passing else ProviderUnavailableError(f"Twilio does not tell: {answer.status}", code=str(answer.status))
         earliest = delivery.created_at + answer.ahead - timedelta(seconds=1)  # Twilio tells whole seconds
-        messages = answer.value.get("messages")
-        for message in messages if isinstance(messages, list) else ():
+        listed = answer.value.get("messages")
+        for message in (each for each in listed if isinstance(each, dict)) if isinstance(listed, list) else ():
             sid, created = message.get("sid"), _moment(message.get("date_created"))
             is_ours = self._accepted.get(sid, _reference(delivery)) == _reference(delivery)
             is_from_us = not self._account.sender or message.get("from") == self._account.sender

@@ -279,7 +279,7 @@ class TwilioChannel:
         listed = answer.value.get("messages")
         for message in (each for each in listed if isinstance(each, dict)) if isinstance(listed, list) else ():
             sid, created = message.get("sid"), _moment(message.get("date_created"))
-            is_ours = self._accepted.get(sid, _reference(delivery)) == _reference(delivery)
+            is_ours = self._accepted.get(str(sid), _reference(delivery)) == _reference(delivery)
             is_from_us = not self._account.sender or message.get("from") == self._account.sender
             is_same = message.get("to") == number.e164 and str(message.get("body", "")).strip() == text.strip()
             if is_ours and is_from_us and is_same and created is not None and created >= earliest:

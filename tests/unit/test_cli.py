@@ -201,7 +201,7 @@ def test_only_the_own_file_is_removed(home: dict[str, str], ended_pid: int) -> N
 
 
 COMMANDS = (
-    *("produce", "send", "preview", "trail", "why", "user", "token", "doctor"),
+    *("produce", "send", "preview", "segments", "trail", "why", "user", "token", "doctor"),
     *("prefs get", "prefs set", "prefs load", "topics ensure", "dlq list", "dlq show", "dlq redrive"),
 )
 

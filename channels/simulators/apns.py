@@ -10,10 +10,9 @@ from urllib.parse import quote
 import jwt
 import orjson
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from channels.simulators.http2 import Reply, Request
-from channels.simulators.push import Pushed, PushSimulator
+from channels.simulators.push import Pushed, PushSimulator, kept_key
 from channels.simulators.script import Behaviour
 
 if TYPE_CHECKING:
@@ -60,10 +59,7 @@ class ApnsSimulator(PushSimulator):
 
     def make_credentials(self, folder: Path) -> None:
         """Write `AuthKey.p8`, as Apple gives it out."""
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        file = folder / "AuthKey.p8"
-        file.touch(mode=0o600)
-        file.write_bytes(self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        self._key = kept_key(folder / "AuthKey.p8", lambda: ec.generate_private_key(ec.SECP256R1()))
 
     def other(self, request: Request) -> Reply | None:  # noqa: ARG002 - what a simulator is asked
         """Return None: there is nothing else."""

@@ -17,13 +17,30 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _GOOD_FOR = timedelta(days=30)
+_SPARE = timedelta(days=1)
 
 
-def make_authority(folder: Path, *, protocols: tuple[str, ...] = ("h2", "http/1.1")) -> ssl.SSLContext:
+def make_authority(folder: Path, *, protocols: tuple[str, ...] = ("h2", "http/1.1"), is_kept: bool = False) -> ssl.SSLContext:
     """Write `ca.pem` into `folder`, and return the context of a server called localhost and 127.0.0.1 that it vouches for.
 
-    `protocols`: what the server agrees to by ALPN, the best first. Keys and certificates are made anew each time.
+    `protocols`: what the server agrees to by ALPN, the best first. Keys and certificates are made anew each time, unless
+    `is_kept`: then what is there serves on, for as long as it is good.
     """
+    chain = folder / "server.pem"
+    if not (is_kept and (folder / "ca.pem").exists() and chain.exists() and _is_good(chain)):
+        _make(folder, chain)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(chain)
+    context.set_alpn_protocols(list(protocols))
+    return context
+
+
+def _is_good(chain: Path) -> bool:
+    return x509.load_pem_x509_certificate(chain.read_bytes()).not_valid_after_utc > datetime.now(UTC) + _SPARE
+
+
+def _make(folder: Path, chain: Path) -> None:
     now = datetime.now(UTC)
     authority_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "notify simulator")])
@@ -52,11 +69,5 @@ def make_authority(folder: Path, *, protocols: tuple[str, ...] = ("h2", "http/1.
         .sign(authority_key, hashes.SHA256())
     )
     (folder / "ca.pem").write_bytes(authority.public_bytes(Encoding.PEM))
-    chain = folder / "server.pem"
     chain.touch(mode=0o600)
     chain.write_bytes(server.public_bytes(Encoding.PEM) + server_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(chain)
-    context.set_alpn_protocols(list(protocols))
-    return context

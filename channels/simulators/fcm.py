@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from channels.simulators.http2 import Reply, Request
-from channels.simulators.push import Pushed, PushSimulator
+from channels.simulators.push import Pushed, PushSimulator, kept_key
 from channels.simulators.script import Behaviour
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class FcmSimulator(PushSimulator):
 
     def make_credentials(self, folder: Path) -> None:
         """Write `firebase.json`, as the console gives it out."""
-        self._key = _new_key()
+        self._key = kept_key(folder / "account.pem", _new_key)
         info = {
             "type": "service_account",
             "project_id": self.project,

@@ -10,10 +10,14 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
+
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from channels.simulators.authority import make_authority
 from channels.simulators.http2 import Fault, HttpServer, Reply, Request
+from channels.simulators.pace import Pace
 from channels.simulators.script import Behaviour, Script, magic
 
 if TYPE_CHECKING:
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 MAX_REMEMBERED: Final = 200_000
+PrivateKey = TypeVar("PrivateKey", ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,7 @@ class Pushed:
 class PushSimulator:
     """A push service on loopback. Its files, the certificate authority and our credentials, are in `folder`.
 
+    What is in `folder` already is kept, so that one that starts again knows its devices and is known to its clients.
     `folder` None: a temporary one, gone with the simulator. `is_secure` False: readable HTTP. `clock`: the wall clock, in
     seconds, by which it judges tokens.
     """
@@ -63,7 +69,7 @@ class PushSimulator:
         self._is_secure = is_secure
         self._chance = random.Random(seed)  # noqa: S311 - the same each time is what is wanted
         self._clock = clock
-        self._taken: deque[float] = deque()  # of the last second
+        self._pace = Pace()
 
     @property
     def port(self) -> int:
@@ -91,7 +97,7 @@ class PushSimulator:
             self._folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="notify-simulator-"))
         tls: ssl.SSLContext | None = None
         if self._is_secure:
-            tls = await asyncio.to_thread(make_authority, self._folder)
+            tls = await asyncio.to_thread(make_authority, self._folder, is_kept=True)
         await self.server.start(tls)
         await asyncio.to_thread(self.make_credentials, self._folder)
         return self
@@ -148,7 +154,7 @@ class PushSimulator:
         behaviour = magic(self.token_of(request)) or self.script.behaviour(self._chance)
         if behaviour is Behaviour.UNAVAILABLE:
             return seconds, self.failed(behaviour)
-        if self._is_too_fast(now):
+        if self._pace.is_exceeded(self.script.per_second, now):
             return seconds, self.failed(Behaviour.THROTTLE)
         return seconds, self.refusal(request) or self._end(behaviour, request)
 
@@ -175,12 +181,12 @@ class PushSimulator:
         self.messages.append(message)
         return message
 
-    def _is_too_fast(self, now: float) -> bool:
-        if not self.script.per_second:
-            return False
-        while self._taken and self._taken[0] <= now - 1:
-            self._taken.popleft()
-        if len(self._taken) >= self.script.per_second:
-            return True
-        self._taken.append(now)
-        return False
+
+def kept_key(file: Path, make: Callable[[], PrivateKey]) -> PrivateKey:
+    """Return the private key in `file`; where there is none, what `make` returns, written there."""
+    if file.exists():
+        return cast("PrivateKey", load_pem_private_key(file.read_bytes(), None))
+    key = make()
+    file.touch(mode=0o600)
+    file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return key

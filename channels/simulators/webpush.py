@@ -6,8 +6,8 @@ It checks what RFC 8030 and 8292 ask of an application server, and opens each me
 
 from __future__ import annotations
 
-import os
 import re
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
@@ -15,11 +15,11 @@ import http_ece
 import jwt
 import orjson
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from channels.devices import from_base64url, to_base64url
 from channels.simulators.http2 import Reply, Request
-from channels.simulators.push import Pushed, PushSimulator
+from channels.simulators.push import Pushed, PushSimulator, kept_key
 from channels.simulators.script import Behaviour
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class WebPushSimulator(PushSimulator):
         super().__init__(**options)
         self._application: ec.EllipticCurvePrivateKey | None = None
         self._browser: ec.EllipticCurvePrivateKey | None = None
-        self._auth_secret = os.urandom(16)
+        self._auth_secret = b""
         self._tokens: dict[tuple[str, str], int] = {}  # token and key, of a good signature -> end
         self._opened: dict[str, Any] = {}
         self._sent = 0
@@ -65,11 +65,12 @@ class WebPushSimulator(PushSimulator):
         return {"endpoint": f"{self.origin}/push/{name}", "expirationTime": None, "keys": keys}
 
     def make_credentials(self, folder: Path) -> None:
-        """Write `vapid.pem`, the application server's key."""
-        self._application, self._browser = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-        file = folder / "vapid.pem"
-        file.touch(mode=0o600)
-        file.write_bytes(self._application.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        """Write `vapid.pem`, the application server's key, `browser.pem`, that of all browsers, and one's `subscription.json`."""
+        self._application, self._browser = (
+            kept_key(folder / name, lambda: ec.generate_private_key(ec.SECP256R1())) for name in ("vapid.pem", "browser.pem")
+        )
+        self._auth_secret = sha256(self._browser.private_numbers().private_value.to_bytes(32, "big")).digest()[:16]
+        (folder / "subscription.json").write_bytes(orjson.dumps(self.subscription("device")))
 
     def other(self, request: Request) -> Reply | None:
         """Know nothing outside of /push/."""

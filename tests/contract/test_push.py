@@ -10,6 +10,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import quote
@@ -493,6 +494,17 @@ async def test_a_connection_that_breaks_leaves_its_calls_unknown(service: Servic
         assert (type(error), error.code) == (SendUnknownError, "connection")
         simulator.script = Script()
         await channel.send(a_delivery(), a_content(simulator))
+
+
+async def test_a_simulator_that_starts_again_in_its_folder_knows_its_devices_and_is_known(service: Service, tmp_path: Path) -> None:
+    async with service.simulator(folder=tmp_path) as first:
+        url, content, port = first.url, a_content(first), first.port
+        async with opened(service.channel(config_of(url), PORTS)) as channel:
+            await channel.send(a_delivery(), content)
+    async with service.simulator(folder=tmp_path, port=port) as again, opened(service.channel(config_of(url), PORTS)) as channel:
+        await channel.send(a_delivery(), content)
+        assert again.url == url
+        assert len(again.messages) == 1
 
 
 # --- FCM --------------------------------------------------------------------------------------------------------------
@@ -1111,7 +1123,7 @@ def test_a_configuration_that_cannot_work_says_so_and_no_secret(url: str, says: 
     assert "hunter2" not in told
 
 
-def test_the_options_that_the_lead_names_are_taken(tmp_path: Any) -> None:
+def test_the_options_that_the_lead_names_are_taken(tmp_path: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (tmp_path / "key.p8").write_bytes(key)
     channel = apns.build(

@@ -70,7 +70,7 @@ from streams.gateways import Gateway, gateways_of
 from streams.health import HealthWatch
 from streams.metrics import Metrics
 from streams.outgoing import Providers
-from streams.refusals import why_unreachable
+from streams.refusals import UnreachableError, ask, why_unreachable
 from streams.registry import Registry
 from streams.rights import missing, rights_of, sentence
 from streams.roles import Role, step_back
@@ -242,8 +242,15 @@ class Worker(NotifyApp):
 
     def _check_rights(self) -> None:
         """Raise SettingsError when Kafka does not answer, or does not grant what the role needs. Blocks."""
+        look = partial(missing, self.cluster, rights_of(self.role, self.settings.env), self.settings.env)
         try:
-            lacking = missing(self.cluster, rights_of(self.role, self.settings.env), self.settings.env)
+            try:
+                lacking = look()
+            except KafkaException:
+                ask(self.cluster)
+                lacking = look()  # it answers, and was only slow
+        except UnreachableError as error:
+            raise SettingsError([str(error)]) from error
         except KafkaException as error:
             raise SettingsError([why_unreachable(self.cluster)]) from error
         if lacking:

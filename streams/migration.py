@@ -168,18 +168,18 @@ class Migration:
         # a run that was killed may have left a transaction open: what it wrote becomes visible, or never
         writer.acquire()
         self._look()
-        self._grow([topic for topic in self._plain() if topic != topics.DEAD])
+        self._grow(writer, [topic for topic in self._plain() if topic != topics.DEAD])
         for topic, table in self._tables():
-            self._grow([topic])
+            self._grow(writer, [topic])
             if table != PROGRESS:
                 self._move_rows(writer, topic, table, progress)
         for topic in HISTORY:
             reached = self._reached(topic) if self._count(topic) == self.new else {}
-            self._grow([topic])
+            self._grow(writer, [topic])
             self._copy(writer, topic, reached, progress)
             self._pass(writer, topic)
         self._append_again(writer, topics.SIGNALS)
-        self._grow([topics.DEAD])
+        self._grow(writer, [topics.DEAD])
 
     def _move_rows(self, writer: Writer, topic: str, table: str, progress: Progress) -> None:
         changes: Iterable[tuple[int, bytes, bytes | None]]
@@ -256,8 +256,8 @@ class Migration:
             writer.produce(self._progress(step), b"%d" % end, self._watermark_key(topic), partition)
         writer.commit()
 
-    def _grow(self, names: Sequence[str]) -> None:
-        """Give topics their new partitions, and return when every broker knows of them."""
+    def _grow(self, writer: Writer, names: Sequence[str]) -> None:
+        """Give topics their new partitions, and return when the brokers know of them, and `writer` too."""
         asked = [NewPartitions(physical(self.env, topic), self.new) for topic in names if self._count(topic) < self.new]
         if not asked:
             return
@@ -267,7 +267,9 @@ class Migration:
         deadline = time.monotonic() + VISIBLE_SECONDS
         while True:
             found = admin.list_topics(timeout=ANSWER_SECONDS).topics
-            missing = [each.topic for each in asked if not _is_grown(found.get(each.topic), self.new)]
+            missing = [
+                each.topic for each in asked if not _is_grown(found.get(each.topic), self.new) or writer.partitions(each.topic) < self.new
+            ]
             if not missing:
                 break
             if time.monotonic() > deadline:

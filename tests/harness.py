@@ -199,7 +199,7 @@ class System:
         self.workers[worker.name] = worker
         return worker
 
-    def await_ready(self, *workers: WorkerProcess, seconds: float = 60) -> None:
+    def await_ready(self, *workers: WorkerProcess, seconds: float = 120) -> None:
         for worker in workers or self.workers.values():
             wait_for(worker.is_ready, seconds=seconds, what=f"{worker.name} ready\n{worker.log_text()[-3000:]}")
 

@@ -85,6 +85,11 @@ class Writer:
             producer.list_topics(timeout=_METADATA_SECONDS)
         self._producer = producer
 
+    def partitions(self, topic: str) -> int:
+        """Ask a broker how many partitions a topic has, 0: none, and let the next records know. Blocks. Raises KafkaException."""
+        found = self._live().list_topics(topic, timeout=_METADATA_SECONDS).topics.get(topic)
+        return 0 if found is None or found.error is not None else len(found.partitions)
+
     def begin(self) -> None:
         """Begin a transaction."""
         self._too_large = False

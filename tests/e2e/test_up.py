@@ -193,9 +193,7 @@ def test_a_second_ctrl_c_kills_at_once(environment: dict[str, str], tmp_path: Pa
 
 def test_a_port_in_use_is_named_with_its_process(environment: dict[str, str], tmp_path: Path) -> None:
     base = choose_port()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", base))
-        taken.listen()
+    with socket.create_server(("127.0.0.1", base)):
         found = notify(environment, "up", "--port-base", str(base), "--data-dir", str(tmp_path / "data"))
     assert found.returncode == 1
     assert f"port {base} is in use by pid {os.getpid()}" in found.stderr.lower()

@@ -22,6 +22,8 @@ from aiokafka.partitioner import murmur2 as aiokafka_murmur2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from channels.devices import parse_device
+from channels.sms import parse_number
 from schemas import codec, errors, ids, messages, producing, sealed
 from schemas.codec import Codec, frame, own_schema
 from schemas.errors import InvalidEventError, NotifyError, UndecodableError, UnknownSchemaError, UnsealableError
@@ -486,6 +488,15 @@ def test_preferences_exist_for_the_users_of_the_samples() -> None:
     named |= {each["userId"] for stem in ("actions", "watches") for each in samples(stem)}
     assert known == named - {None}
     assert all(user["email"].endswith(("@example.com", "@flowmart.example")) for user in samples("preferences"))
+
+
+def test_the_samples_can_be_reached_on_every_channel_by_numbers_of_nobody() -> None:
+    users = samples("preferences")
+    numbers = [user["phone"] for user in users if user["phone"]]
+    assert {parse_number(number).country for number in numbers} == {"US", "DE"}
+    # kept free for stories: 555-01xx in North America, and single numbers by the Bundesnetzagentur
+    assert all(re.fullmatch(r"\+1\d{3}55501\d\d|\+4915228817386", number) for number in numbers)
+    assert {parse_device(device).kind for user in users for device in user["devices"]} == {"fcm", "apns"}
 
 
 def test_fields_that_the_schema_does_not_have_are_dropped() -> None:

@@ -189,10 +189,11 @@ def verdict(  # noqa: C901, PLR0913 - a case for each way to end
             return Verdict(status=status, reason=code, reference=reference)
         case Recalled(order=order):
             return Verdict(status=Status.CANCELLED, reason=f"{SkipReason.RECALLED}: {order.reason}")
+        case ProviderRejectedError(code=code) if code == NO_PROVIDER:
+            # who runs this chose so: the user's other channels tell him
+            return Verdict(status=Status.SKIPPED, reason=SkipReason.NO_PROVIDER)
         case ProviderRejectedError(code=code):
-            # a provider that is missing can be added, and the delivery redriven
-            is_ours = code == NO_PROVIDER
-            return Verdict(status=Status.FAILED, reason=code or end.reason, suppresses=end.suppresses, is_exhausted=is_ours)
+            return Verdict(status=Status.FAILED, reason=code or end.reason, suppresses=end.suppresses)
         case ProviderThrottledError(code=code) | ProviderUnavailableError(code=code):
             return Verdict(status=Status.RETRYING, reason=code, wait_seconds=end.retry_after_seconds or 0.0, holds_provider=True)
         case ProviderError(code=code):

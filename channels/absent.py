@@ -1,4 +1,4 @@
-"""A channel that no provider is configured for: each of its deliveries fails at once, visibly, and can be redriven later."""
+"""A channel that no provider is configured for: each of its deliveries is skipped, and says so."""
 
 from __future__ import annotations
 

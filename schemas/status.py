@@ -49,6 +49,7 @@ class SkipReason(StrEnum):
     NO_ADDRESS = "no_address"
     INVALID_ADDRESS = "invalid_address"
     COUNTRY_NOT_ALLOWED = "country_not_allowed"
+    NO_PROVIDER = "no_provider"
     OPTED_OUT = "opted_out"
     SUPERSEDED = "superseded"
     EXPIRED = "expired"

@@ -485,6 +485,7 @@ def _variables(options: Options, own: Mapping[str, str], stack: Stack, folder: P
         "NOTIFY_SMTP_URL": stack.mail_smtp,
         "NOTIFY_PROVIDERS_FILE": str(stack.providers_file),
         "NOTIFY_POSTGRES_URL": stack.postgres,
+        "NOTIFY_PUBLIC_URL": f"http://{LOOPBACK}:{web_port}",
         "NOTIFY_DATA_DIR": str(folder),
         "NOTIFY_WEB_HOST": LOOPBACK,
         "NOTIFY_WEB_PORT": str(web_port),

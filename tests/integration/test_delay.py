@@ -204,6 +204,8 @@ def test_after_the_last_attempt_a_delivery_has_failed_and_is_a_dead_letter_as_it
     assert letter.value() == raw[1]
     headers = dict(letter.headers() or ())
     assert (headers["error"], headers["topic"]) == (b"attempts_exhausted", b"deliver.email.normal")
+    listed = [delaying.notify("dlq", "list", "--provider", provider, "--json").stdout.splitlines() for provider in ("smtp", "other")]
+    assert [len(lines) for lines in listed] == [1, 0], "dead letters are found by the provider at whom they ended"
     found = changes(delaying, delivery)
     assert [(c.status, c.attempt) for c in found] == [("sending", 8), ("failed", 8)], "the copies began nothing"
     assert found[-1].reason == "attempts_exhausted: 452 4.2.2"

@@ -101,6 +101,9 @@ def test_once_plays_the_samples_and_prints_every_trail(first_run: subprocess.Com
     assert out.count("decision  broadcast") == 3
     assert out.count("✓ in_app delivered") == SAMPLES_NOTIFIED - 1  # who resets a password cannot see his inbox
     assert out.count("✓ email sent") == SAMPLES_NOTIFIED - 1  # a pending payment is not worth a mail
+    # a password reset, a failed payment, and what ran out of stock; five devices in all
+    assert sum(out.count(f"✓ sms {status}  chosen") for status in ("sent", "delivered")) == 3
+    assert out.count("✓ push sent") == 5
     assert "Traceback" not in out + first_run.stderr
 
 

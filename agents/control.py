@@ -60,7 +60,9 @@ class Control:
         return None
 
     def recalls(self, delivery: Delivery) -> ControlEntry | None:
-        """Return the order that recalls a delivery; None when nothing does."""
+        """Return the order that recalls a delivery; None when nothing does. Subscribers hear even of what was recalled."""
+        if delivery.channel == Channel.WEBHOOK:
+            return None
         return self.recalled(
             notification_id=delivery.notification_id,
             # deliveries of a form before these fields: no event of theirs can be named

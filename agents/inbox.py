@@ -369,8 +369,15 @@ def decide_decision(record: DecisionRecord, source: Source, state: State) -> Eff
 def decide_status(change: StatusChange, source: Source, state: State) -> Effects:
     """Decide how `change` changes the rows of its notification and its user, as `after_status` says; raises and counts alike."""
     del source
+    if is_of_subscriber(change):
+        return Effects(counts=["of_subscriber"])
     before = _load(state, change.notification_id)
     return _effects(state, change.notification_id, before, after_status(before, change))
+
+
+def is_of_subscriber(record: DecisionRecord | StatusChange) -> bool:
+    """Say whether a record is about what a subscriber of status changes is told: no part of the notification."""
+    return isinstance(record, StatusChange) and record.channel == Channel.WEBHOOK
 
 
 def require_recipient(notification_id: str, user_id: str) -> None:

@@ -34,6 +34,8 @@ SCHEDULES: tuple[Schedule, ...] = (
     # one-time codes: the user sits and waits
     Schedule("security", Lane.CRITICAL, (1, 2, 4, 8, 15, 30, _MINUTE, 2 * _MINUTE, 4 * _MINUTE), awaits_reports=False),
     Schedule("payments", None, (5, _MINUTE, 10 * _MINUTE, _HOUR, 4 * _HOUR, 12 * _HOUR, 24 * _HOUR)),
+    # subscribers of status changes: a bug that they mend within three days has cost nothing
+    Schedule("webhooks", None, (5, _MINUTE, 5 * _MINUTE, 30 * _MINUTE, *(hours * _HOUR for hours in (2, 5, 10, 14, 18, 20)))),
     Schedule(None, Lane.CRITICAL, (5, 30, 2 * _MINUTE, 10 * _MINUTE, _HOUR, 4 * _HOUR, 12 * _HOUR)),
     Schedule(None, Lane.BULK, (_MINUTE, 10 * _MINUTE, _HOUR, 6 * _HOUR, 24 * _HOUR)),
     Schedule(None, None, (5, _MINUTE, 10 * _MINUTE, _HOUR, 4 * _HOUR, 12 * _HOUR)),

@@ -611,6 +611,8 @@ def _addresses(channel: Channel, contact: Contact, user_id: str) -> list[str]:
             return list(dict.fromkeys(contact.devices or ()))[-MAX_DEVICES:]
         case Channel.IN_APP:
             return [user_id]
+        case Channel.WEBHOOK:
+            return []  # of subscribers, whom nobody but the step `forward` tells
 
 
 def _route(channel: Channel, address: str) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import aiohttp
+from aiohttp.abc import AbstractResolver
 
 from channels.http2 import MAX_ANSWER_BYTES, Answer
 from schemas.errors import ProviderUnavailableError, SendUnknownError
@@ -24,7 +25,10 @@ class _Progress:
 
 
 class Http1Client:
-    """Requests to one origin, such as `https://push.example`. Each runs on a connection of its own, kept for the next."""
+    """Requests to one origin, such as `https://push.example`. Each runs on a connection of its own, kept for the next.
+
+    `resolver`: looks names up, at each connection; None: the system's, which remembers them for a while.
+    """
 
     def __init__(  # noqa: PLR0913 - limits, each by name
         self,
@@ -35,6 +39,7 @@ class Http1Client:
         connect_seconds: float = 5.0,
         total_seconds: float = 12.0,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
+        resolver: AbstractResolver | None = None,
     ) -> None:
         self._origin = origin
         self._tls = tls
@@ -42,6 +47,7 @@ class Http1Client:
         # the connector never waits for a free connection: it has as many as there are calls at once
         self._timeout = aiohttp.ClientTimeout(total=total_seconds, connect=connect_seconds)
         self._max_answer_bytes = max_answer_bytes
+        self._resolver = resolver
         self._session: aiohttp.ClientSession | None = None
         self._is_open = True
 
@@ -89,7 +95,13 @@ class Http1Client:
             trace.on_request_headers_sent.append(_began)
             self._session = aiohttp.ClientSession(
                 self._origin,
-                connector=aiohttp.TCPConnector(ssl=self._tls or True, limit=self._max_open, keepalive_timeout=_IDLE_SECONDS),
+                connector=aiohttp.TCPConnector(
+                    ssl=self._tls or True,
+                    limit=self._max_open,
+                    keepalive_timeout=_IDLE_SECONDS,
+                    resolver=self._resolver,
+                    use_dns_cache=self._resolver is None,
+                ),
                 timeout=self._timeout,
                 trace_configs=[trace],
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),

@@ -64,6 +64,7 @@ class Suppression(StrEnum):
     HARD_BOUNCE = "hard_bounce"
     COMPLAINT = "complaint"
     UNSUBSCRIBED = "unsubscribed"
+    GONE = "gone"  # a subscriber of status changes wants to hear no more
     DEAD_TOKEN = "dead_token"  # noqa: S105 - of a device that is gone, no secret
 
 

@@ -20,6 +20,7 @@ class Channel(StrEnum):
     SMS = "sms"
     PUSH = "push"
     IN_APP = "in_app"
+    WEBHOOK = "webhook"  # to subscribers of status changes, never to recipients
 
 
 class Tier(StrEnum):

@@ -28,6 +28,7 @@ from faust.types import TP
 from agents import inbox, signals, triggers
 from agents.control import Control
 from agents.delay import Delay
+from agents.forward import Forwarder
 from agents.ports import Effects, KnownSource, Source, State
 from agents.receipts import EXPIRE_EVERY_SECONDS, Matcher, Reported, report_key
 from agents.router import Router
@@ -63,6 +64,7 @@ from schemas.messages import (
     UserKey,
 )
 from schemas.sealed import KEY_BYTES, unwrap
+from schemas.topics import Channel
 from schemas.topics import Lane as LaneName
 from streams.clock import ClockWatch
 from streams.followers import Follower, OrderFollower
@@ -78,7 +80,7 @@ from streams.runner import DecidingShard, Input, MakeShard, Names, Runner, Timer
 from streams.sending import SendingShard
 from streams.settings import WORKER_NEEDS, Settings
 from streams.topics import Count, TopicSpec, physical
-from streams.topology import Step, all_topics, steps_of
+from streams.topology import FORWARD, Step, all_topics, steps_of
 from streams.transport.admin import committed_offsets, topic_facts
 from streams.transport.cluster import leave
 from streams.transport.credentials import credentials
@@ -86,7 +88,6 @@ from streams.transport.faust_parts import BatchSchema, BatchTableManager, Notify
 from streams.transport.reader import Batch
 from streams.transport.records import Record
 from streams.unsubscribe import unsubscribe_url
-from streams.views.callbacks import Callbacks, fetch_from_amazon, install_callbacks, twilio_callback_url
 from streams.views.pages import Health, OperationsContext, WebContext, install, install_operations
 from streams.views.queries import History
 from streams.views.requests import Asking, Rates, install_requests
@@ -97,8 +98,8 @@ log = logging.getLogger(__name__)
 
 EXIT_SETTINGS = 2
 _SENDERS = frozenset(role for role in Role if role.lane is not None)
-_KEYED_ROLES = _SENDERS | {Role.VIEWS}
-_CONTROLLED_ROLES = _SENDERS | {Role.ROUTER}
+_KEYED_ROLES = _SENDERS | {Role.SIGNALS, Role.VIEWS}
+_CONTROLLED_ROLES = _SENDERS | {Role.ROUTER, Role.SIGNALS}
 # what a role follows beside the inputs of its steps
 _FOLLOWED = {topics.KEYS: _KEYED_ROLES, topics.CONTROL: _CONTROLLED_ROLES}
 _POOL_THREADS = 64
@@ -171,7 +172,7 @@ class Worker(NotifyApp):
         pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="kafka")
         specs = {spec.name: spec for spec in self.plan.topics}
         used = {topic for step in self.steps for topic in (*step.reads, *step.writes, *step.changelogs().values())}
-        followed = {topic for topic, roles in _FOLLOWED.items() if self.role in roles and self.plan.inputs is None}
+        followed = self._followed()
         used |= {topics.DEAD} | followed
         loop = asyncio.get_running_loop()
         names = {topic: physical(env, topic) for topic in used}
@@ -240,6 +241,12 @@ class Worker(NotifyApp):
         self.add_future(ClockWatch(self.registry, self.metrics).watch())
         self._closing.append(self.registry.close)
 
+    def _followed(self) -> set[str]:
+        """Return the topics that this worker follows beside its inputs."""
+        if self.plan.inputs is not None or (self.role is Role.SIGNALS and not self.settings.webhooks):
+            return set()  # signals needs them for subscribers only
+        return {topic for topic, roles in _FOLLOWED.items() if self.role in roles}
+
     def _check_rights(self) -> None:
         """Raise SettingsError when Kafka does not answer, or does not grant what the role needs. Blocks."""
         look = partial(missing, self.cluster, rights_of(self.role, self.settings.env), self.settings.env)
@@ -283,18 +290,21 @@ class Worker(NotifyApp):
         return Control(self.orders.entry, seal_key=self.settings.seal_key)
 
     async def _sending(self) -> MakeShard:
-        from channels.registry import build_channels  # here: what speaks to providers is a third of a worker's start
+        from channels.registry import build_channels
+        from channels.webhook import WebhookChannel  # here: what speaks to providers is a third of a worker's start
 
         settings = self.settings
         assert self.role.lane is not None
         control, lane_share = self._control(), settings.lane_shares[self.role.lane]
         channels = build_channels(settings.providers, self._ports())
+        if settings.webhooks:
+            channels[Channel.WEBHOOK] = [WebhookChannel(each, max_open=settings.max_open_attempts) for each in settings.webhooks]
         for channel in chain.from_iterable(channels.values()):
             await channel.open()
             self._closing.append(channel.close)
         self._gateways = gateways_of(
             channels,
-            {config.name: config for config in settings.providers},
+            {config.name: config for config in (*settings.providers, *(each.config for each in settings.webhooks))},
             max_open=settings.max_open_attempts,
             lane_share=lane_share,
             metrics=self.metrics,
@@ -313,6 +323,8 @@ class Worker(NotifyApp):
 
     def _ports(self) -> Ports:
         """Return what channels may ask of this worker."""
+        from streams.views.callbacks import twilio_callback_url
+
         return Ports(
             mail_from=self.settings.mail_from,
             max_open=self.settings.max_open_attempts,
@@ -414,15 +426,8 @@ class Worker(NotifyApp):
                 delay = Delay(self.settings.retry_tiers_seconds, now=partial(datetime.now, UTC))
                 held = self._own(Delivery, delay.decide)
                 return {topic: replace(held, due=_due_after(delay.seconds(topic))) for topic in step.reads}
-            case Role.SIGNALS if step.name == "match":
-                matcher = Matcher(self.settings.partitions)
-                reports = self._own(DeliveryReport, matcher.decide_report)
-                return {
-                    topics.PROVIDER_REFS: self._own(ProviderReference, matcher.decide_reference),
-                    topics.RECEIPTS: replace(reports, decode=_with_raw(reports.decode)),
-                }
             case Role.SIGNALS:
-                return {topics.SIGNALS: self._own(EngagementSignal, signals.decide)}
+                return self._signals_inputs(step)
             case Role.VIEWS:
                 return {
                     topics.DECISIONS: self._own(DecisionRecord, inbox.decide_decision),
@@ -430,6 +435,54 @@ class Worker(NotifyApp):
                 }
             case Role.STORE:
                 return {topics.DECISIONS: self._own(DecisionRecord, _nothing), topics.STATUS: self._own(StatusChange, _nothing)}
+
+    def _signals_inputs(self, step: Step) -> dict[str, Input]:
+        match step.name:
+            case "match":
+                matcher = Matcher(self.settings.partitions)
+                reports = self._own(DeliveryReport, matcher.decide_report)
+                return {
+                    topics.PROVIDER_REFS: self._own(ProviderReference, matcher.decide_reference),
+                    topics.RECEIPTS: replace(reports, decode=_with_raw(reports.decode)),
+                }
+            case "forward":
+                return {topics.STATUS: self._forwarding()}
+            case _:
+                return {topics.SIGNALS: self._own(EngagementSignal, signals.decide)}
+
+    def _forwarding(self) -> Input:
+        """Return what is done with status changes where there are subscribers.
+
+        The users' keys are looked up before a batch is decided, which may not wait: who has none then was erased.
+        """
+        partitions = self.settings.partitions
+        keyless: dict[int, set[bytes]] = {}  # by partition, of the batch that is decided next
+
+        def key_of(user_id: str) -> bytes | None:
+            assert self.keys is not None
+            user = user_id.encode()
+            partition = partition_of(user, partitions)
+            row = self.keys.get(partition, user)
+            if row is None and user not in keyless.get(partition, ()):
+                raise ProviderUnavailableError("the user's key is not known yet", code="key")
+            return None if row is None else self._unwrap(row)
+
+        async def learn(records: Iterable[Record]) -> None:
+            assert self.keys is not None
+            batch = list(records)
+            await self._learn(batch)
+            missing: set[bytes] = set()
+            keyless.update((record.partition(), missing) for record in batch[:1])
+            for user in {key for record in batch if (key := record.key())}:
+                try:
+                    found = await self.keys.look_up(partition_of(user, partitions), user)
+                except TimeoutError:
+                    return  # the batch waits, and asks again
+                if found is None:
+                    missing.add(user)
+
+        forwarder = Forwarder(subscriptions=self.settings.webhooks, key_of=key_of, control=self._control(), now=partial(datetime.now, UTC))
+        return replace(self._own(StatusChange, forwarder.decide), learn=learn)
 
     def _ingest_inputs(self, step: Step, codec: Codec) -> dict[str, Input]:
         def decode(message: Record) -> Foreign:
@@ -618,7 +671,7 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
     app = Worker(
         settings,
         settings.role,
-        plan or Plan(steps=steps_of(settings.role), topics=all_topics()),
+        plan or Plan(steps=_steps(settings, settings.role), topics=all_topics()),
         broker=";".join(f"kafka://{server}" for server in settings.kafka.split(",")),
         broker_credentials=credentials(settings.kafka_security),
         autodiscover=False,
@@ -664,6 +717,8 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
         install(app, context)
         install_requests(app, Asking(templates=Templates(), rates=Rates(per_second=settings.posts_per_second)))
         install_unsubscribe(app)
+        from streams.views.callbacks import Callbacks, fetch_from_amazon, install_callbacks
+
         callbacks = Callbacks(
             public_url=settings.callback_url,
             tokens={each.name: each.password for each in settings.providers if each.scheme.startswith("twilio")},
@@ -676,6 +731,10 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
     else:
         install_operations(app, operations)
     return app
+
+
+def _steps(settings: Settings, role: Role) -> tuple[Step, ...]:
+    return tuple(step for step in steps_of(role) if step.name != FORWARD or settings.webhooks)
 
 
 def _static_member(settings: Settings) -> str | None:

@@ -34,6 +34,7 @@ PROVIDERS: Mapping[Channel, str | None] = {
     Channel.SMS: "SMS carrier (SMPP, HTTP)",
     Channel.PUSH: "push services (FCM, APNs, Web Push)",
     Channel.IN_APP: None,
+    Channel.WEBHOOK: "subscribers (webhooks)",
 }
 KEYS: Mapping[str, str] = {
     topics.PAYMENTS: "the producer's: payment id",

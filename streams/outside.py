@@ -42,6 +42,6 @@ OUTSIDE: Mapping[str, Outside] = {
 }
 # roles that follow a topic beside the inputs of their steps: whoever opens what is sealed needs the users' keys
 FOLLOWERS: Mapping[str, tuple[Role, ...]] = {
-    topics.KEYS: (*_SENDERS, Role.VIEWS),
-    topics.CONTROL: (Role.ROUTER, *_SENDERS),
+    topics.KEYS: (*_SENDERS, Role.SIGNALS, Role.VIEWS),
+    topics.CONTROL: (Role.ROUTER, *_SENDERS, Role.SIGNALS),
 }

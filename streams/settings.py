@@ -19,6 +19,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from channels.config import ProviderConfig, parse_providers, parse_providers_file, smtp_provider
 from channels.signing import parse_secret
+from channels.subscriptions import Subscription, parse_subscriptions
 from schemas.errors import SettingsError
 from schemas.topics import Lane, Tier
 from streams.roles import Role
@@ -72,6 +73,7 @@ class Settings:
     callback_url: str = ""
     callback_keys: tuple[bytes, ...] = field(default=(), repr=False)
     ses_topics: frozenset[str] = frozenset()
+    webhooks: tuple[Subscription, ...] = ()
 
     @property
     def counts(self) -> Mapping[Count, int]:
@@ -171,7 +173,12 @@ class Settings:
             callback_url=read("NOTIFY_CALLBACK_URL", _http_url, public_url),
             callback_keys=read("NOTIFY_CALLBACK_SECRETS", _callback_keys, ()),
             ses_topics=read("NOTIFY_SES_TOPICS", _ses_topics, frozenset()),
+            webhooks=_webhooks(env, problems),
         )
+        problems += [
+            f"NOTIFY_WEBHOOKS_FILE: {name} is the name of a provider too"
+            for name in sorted({each.name for each in settings.webhooks} & {each.name for each in settings.providers})
+        ]
         problems += _contradictions(settings, {problem.partition(" ")[0].rstrip(":") for problem in problems})
         unknown = sorted(name for name in env if name.startswith("NOTIFY_") and name not in VARIABLES)
         problems += [f"{name} is not a setting; the settings are in docs/settings.md" for name in unknown]
@@ -238,6 +245,7 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_CALLBACK_URL": "what providers reach the web of views by, for their reports; default: NOTIFY_PUBLIC_URL",
     "NOTIFY_CALLBACK_SECRETS": "secrets (whsec_…) that sign reports to /callbacks/receipts, between spaces; secret; default: none",
     "NOTIFY_SES_TOPICS": "topics of Amazon SNS that may report on mails (arn:aws:sns:…), between spaces; default: none",
+    "NOTIFY_WEBHOOKS_FILE": "a TOML file of those who are told of status changes, a table [webhooks.NAME] each (docs/howto/webhooks.md)",
     "NOTIFY_CACHE_DIR": "where `notify up` keeps downloads; default ~/.cache/flowmart-notify",
 }
 SECRETS = frozenset(
@@ -327,6 +335,20 @@ def _providers(env: Mapping[str, str], problems: list[str]) -> tuple[ProviderCon
         problems.append(f"NOTIFY_PROVIDERS_FILE: {file!r} cannot be read: {type(error).__name__}")
     problems += [f"NOTIFY_PROVIDERS: there are two providers called {name}" for name in _doubled(each.name for each in found)]
     return tuple(found)
+
+
+def _webhooks(env: Mapping[str, str], problems: list[str]) -> tuple[Subscription, ...]:
+    """Return the subscriptions in NOTIFY_WEBHOOKS_FILE."""
+    file = env.get("NOTIFY_WEBHOOKS_FILE", "").strip()
+    if not file:
+        return ()
+    try:
+        return parse_subscriptions(Path(file).expanduser().read_text("utf-8"), env)
+    except SettingsError as error:
+        problems += [f"NOTIFY_WEBHOOKS_FILE: {problem}" for problem in error.problems]
+    except (OSError, ValueError, RuntimeError) as error:
+        problems.append(f"NOTIFY_WEBHOOKS_FILE: {file!r} cannot be read: {type(error).__name__}")
+    return ()
 
 
 def _doubled(names: Iterable[str]) -> list[str]:

@@ -18,6 +18,9 @@ REQUESTS = tuple(topics.requests(lane) for lane in Lane)
 ROUTED = (topics.COMMANDS, topics.requests(Lane.CRITICAL), topics.BROADCAST, topics.requests(Lane.NORMAL), topics.requests(Lane.BULK))
 RETRY = tuple(topics.retry(lane, tier) for lane in Lane for tier in Tier)
 DELIVER = tuple(topics.deliver(channel, lane) for lane in Lane for channel in Channel)
+TO_SUBSCRIBERS = tuple(topics.deliver(Channel.WEBHOOK, lane) for lane in Lane)
+TO_RECIPIENTS = tuple(topic for topic in DELIVER if topic not in TO_SUBSCRIBERS)
+FORWARD = "forward"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,12 +106,14 @@ TOPOLOGY: tuple[Step, ...] = (
         ),
         aged=("seen", "subjects"),
         sorted=("watches",),
-        writes=(*DELIVER, topics.DECISIONS, topics.STATUS, topics.COMMANDS, topics.BROADCAST, *REQUESTS),
+        writes=(*TO_RECIPIENTS, topics.DECISIONS, topics.STATUS, topics.COMMANDS, topics.BROADCAST, *REQUESTS),
     ),
     _sender(Lane.CRITICAL),
     _sender(Lane.NORMAL),
     _sender(Lane.BULK),
     Step(name="hold", role=Role.DELAY, reads=RETRY, writes=(*DELIVER, *RETRY)),
+    # runs where there are subscribers
+    Step(name=FORWARD, role=Role.SIGNALS, reads=(topics.STATUS,), writes=TO_SUBSCRIBERS),
     Step(name="engage", role=Role.SIGNALS, reads=(topics.SIGNALS,), writes=(topics.STATUS,)),
     Step(
         name="match",

@@ -98,8 +98,10 @@ def load_settings(environ: Mapping[str, str], *, needs: frozenset[str] = CLIENT_
     Raises SettingsError with every problem at once.
     """
     own = {name: value for name, value in environ.items() if name.startswith(PREFIX) and value.strip()}
+    # what `$NAME` in the URL of a provider or the secret of a subscriber stands for
+    others = {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
     if needs <= own.keys() or own.keys() & CLIENT_NEEDS:
-        settings = Settings.from_env(own, needs=needs)
+        settings = Settings.from_env({**others, **own}, needs=needs)
         return settings, _web_url(settings)
     running = find_running(environ)
     if running is None:
@@ -112,7 +114,7 @@ def load_settings(environ: Mapping[str, str], *, needs: frozenset[str] = CLIENT_
             f"{running.path} is left from the `notify up` of {since}, whose process {running.pid} has ended: "
             "start `notify up` again, or set the variables.",
         )
-    settings = Settings.from_env({**running.variables, **own}, needs=needs)
+    settings = Settings.from_env({**others, **running.variables, **own}, needs=needs)
     is_moved = bool(own.keys() & {"NOTIFY_WEB_HOST", "NOTIFY_WEB_PORT"})
     return settings, _web_url(settings) if is_moved else running.web_url
 

@@ -40,7 +40,7 @@ WAIT_SECONDS = 20.0
 MAX_TEXT_CHARACTERS = 1_000
 ID_BYTES = 12
 _TEXTS = ("name", "email", "phone", "locale", "timeZone")
-_CHANNELS = frozenset(Channel)
+_CHANNELS = frozenset(Channel) - {Channel.WEBHOOK}
 _MAILBOX = re.compile(r"\S+@\S+")
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, and halves of surrogate pairs
 _KNOWN = frozenset({"userId", "devices", "categories", *_TEXTS})
@@ -426,7 +426,9 @@ def _categories(value: object) -> dict[str, dict[str, bool]] | None:
             raise InvalidEventError(f"categories.{category[:40]}", "is no object of channel: true or false")
         for channel, is_wanted in choices.items():
             if channel not in _CHANNELS:
-                raise InvalidEventError(f"categories.{category[:40]}.{channel[:40]}", f"is no channel; there are {', '.join(Channel)}")
+                raise InvalidEventError(
+                    f"categories.{category[:40]}.{channel[:40]}", f"is no channel; there are {', '.join(sorted(_CHANNELS))}"
+                )
             if not isinstance(is_wanted, bool):
                 raise InvalidEventError(f"categories.{category[:40]}.{channel}", "is neither true nor false")
     return value

@@ -31,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, BIT, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from agents.inbox import Notification, after_decision, after_status, moment_of
+from agents.inbox import Notification, after_decision, after_status, is_of_subscriber, moment_of
 from schemas.errors import NotifyError
 from schemas.messages import DecisionRecord, StatusChange
 from streams.store.migrate import LOCK_SPACE
@@ -95,6 +95,9 @@ async def keep(
         if time.perf_counter() - began > TURN_SECONDS:
             await take_turn()
             began = time.perf_counter()
+        if is_of_subscriber(record):
+            kept.outcomes["of_subscriber"] += 1
+            continue
         row = rows.get(record.notification_id) or _Row(None, None)
         try:
             after = after_decision(row.now, record) if isinstance(record, DecisionRecord) else after_status(row.now, record)

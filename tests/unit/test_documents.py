@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from agents.triggers import RULES
 from schemas import topics
 from schemas.topics import Channel, Lane, Tier
 from streams import documents
@@ -18,8 +19,9 @@ from streams.app import _FOLLOWED
 from streams.cli import app as commands
 from streams.documents import BEGIN, END, PROVIDERS, ROOT, metrics, outdated
 from streams.outside import FOLLOWERS, OUTSIDE
+from streams.roles import Role
 from streams.settings import VARIABLES
-from streams.topology import REQUESTS, TOPOLOGY, Step, all_topics
+from streams.topology import REQUESTS, TO_RECIPIENTS, TO_SUBSCRIBERS, TOPOLOGY, Step, all_topics
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -121,6 +123,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "send": ("streams/sending.py", "agents/sender.py"),
     "hold": ("agents/delay.py",),
     "engage": ("agents/signals.py",),
+    "forward": ("agents/forward.py",),
     "match": ("agents/receipts.py",),
     "project": ("agents/inbox.py",),
     "keep": ("streams/storing.py",),
@@ -144,6 +147,10 @@ def topics_named(expression: str, step: Step) -> set[str]:
         return set(step.reads)
     if found := re.fullmatch(r"topics\.([A-Z_]+)", expression):
         return {getattr(topics, found[1])}
+    if expression.startswith("topics.deliver(") and step.role in {Role.ROUTER, Role.SIGNALS}:
+        # subscribers are told by one step alone: no rule names their channel
+        assert not any(Channel.WEBHOOK in rule.channels for rule in RULES.values())
+        return set(TO_SUBSCRIBERS if "Channel.WEBHOOK" in expression else TO_RECIPIENTS)
     if found := re.fullmatch(r"topics\.(requests|deliver)\(.*\)", expression):
         return {spec.name for spec in all_topics() if spec.name.startswith(f"{found[1]}.")}
     if expression.startswith("topics.retry("):

@@ -202,7 +202,13 @@ def test_a_role_may_read_what_it_reads_and_write_what_it_writes_and_nothing_else
     written = {topic for step in steps_of(role) for topic in step.writes} | {topics.DEAD}
     granted = {(right.operation, right.name) for right in rights_of(role, "x") if right.kind is Kind.TOPIC}
     assert {name for operation, name in granted if operation is Operation.READ} == {physical("x", topic) for topic in read | own}
-    by_web = {topics.COMMANDS, topics.SIGNALS, *(topic for topic in map(topics.requests, ("critical", "normal", "bulk")))}
+    by_web = {
+        topics.COMMANDS,
+        topics.SIGNALS,
+        topics.CONTROL,
+        topics.RECEIPTS,
+        *(topic for topic in map(topics.requests, ("critical", "normal", "bulk"))),
+    }
     wanted = written | own | (by_web if role is Role.VIEWS else set())
     assert {name for operation, name in granted if operation is Operation.WRITE} == {physical("x", topic) for topic in wanted}
     assert {operation for operation, _ in granted} == {Operation.READ, Operation.WRITE}

@@ -200,12 +200,12 @@ class Short:
         """Return what `body` says. Raises WireError."""
         reader = Reader(body)
         service_type = reader.text(6)
-        source = Address(ton=reader.byte(), npi=reader.byte(), digits=reader.text(21))
-        destination = Address(ton=reader.byte(), npi=reader.byte(), digits=reader.text(21))
-        esm_class, _protocol_id, _priority = reader.byte(), reader.byte(), reader.byte()
+        source = reader.address()
+        destination = reader.address()
+        esm_class, _protocol_id, _priority = reader.take(3)
         reader.text(17)
         validity_period = reader.text(17)
-        registered_delivery, _replace, data_coding, _default = reader.byte(), reader.byte(), reader.byte(), reader.byte()
+        registered_delivery, _replace, data_coding, _default, length = reader.take(5)
         return cls(
             service_type=service_type,
             source=source,
@@ -214,7 +214,7 @@ class Short:
             validity_period=validity_period,
             registered_delivery=registered_delivery,
             data_coding=data_coding,
-            message=reader.take(reader.byte()),
+            message=reader.take(length),
             tlvs=reader.tlvs(),
         )
 
@@ -237,7 +237,7 @@ class Bind:
     def decode(cls, body: bytes) -> Bind:
         """Return what `body` says. Raises WireError."""
         reader = Reader(body)
-        found = cls(system_id=reader.text(16), password=reader.text(65), system_type=reader.text(13), version=reader.byte())
+        found = cls(system_id=reader.text(16), password=reader.text(65), system_type=reader.text(13), version=reader.take(1)[0])
         reader.take(2)
         reader.text(41)
         return found
@@ -259,9 +259,10 @@ class Reader:
         self._at = end
         return found
 
-    def byte(self) -> int:
-        """Return the next byte."""
-        return self.take(1)[0]
+    def address(self) -> Address:
+        """Return the next address."""
+        ton, npi = self.take(2)
+        return Address(ton=ton, npi=npi, digits=self.text(21))
 
     def text(self, most: int) -> str:
         """Return the next C-octet string, of at most `most` bytes with its end."""

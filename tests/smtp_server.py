@@ -85,6 +85,7 @@ class SmtpServer:
         starttls: ssl.SSLContext | None = None,
         login: tuple[str, str] | None = None,
         max_bytes: int | None = None,
+        extensions: tuple[str, ...] = (),
     ) -> None:
         self.port = 0
         self.messages: list[Received] = []
@@ -92,11 +93,13 @@ class SmtpServer:
         self.open_connections = 0
         self.most_open_connections = 0
         self.commands: list[str] = []
+        self.lines: list[bytes] = []
         self.reached: list[Stage] = []
         self._tls = tls
         self._starttls = starttls
         self._login = login
         self._max_bytes = max_bytes
+        self._extensions = extensions
         self._script: defaultdict[Stage, deque[Action]] = defaultdict(deque)
         self._server: asyncio.Server | None = None
         self._sessions: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
@@ -183,7 +186,7 @@ class SmtpServer:
 
     def capabilities(self, *, is_secure: bool) -> list[str]:
         """Return what EHLO announces."""
-        lines = ["localhost", "8BITMIME", "ENHANCEDSTATUSCODES"]
+        lines = ["localhost", "8BITMIME", "ENHANCEDSTATUSCODES", *self._extensions]
         if self._max_bytes is not None:
             lines.append(f"SIZE {self._max_bytes}")
         if self._starttls is not None and not is_secure:
@@ -203,6 +206,15 @@ class _Session:
         self.is_secure = writer.get_extra_info("sslcontext") is not None
         self.sender: str | None = None
         self.recipients: list[str] = []
+        self.ahead = b""  # what came while it was holding: a pipelining client goes on talking
+
+    async def line(self) -> bytes:
+        """Return the next line; nothing at the end."""
+        if b"\n" not in self.ahead:
+            line, self.ahead = self.ahead + await self.reader.readline(), b""
+            return line
+        line, newline, self.ahead = self.ahead.partition(b"\n")
+        return line + newline
 
     async def run(self) -> None:
         handlers = {
@@ -215,8 +227,9 @@ class _Session:
             "RSET": self.rset,
         }
         await self.answer(Stage.GREETING, "220 localhost ready")
-        while line := await self.reader.readline():
-            verb, _, rest = line.decode("ascii", "replace").rstrip("\r\n").partition(" ")
+        while line := await self.line():
+            self.server.lines.append(line)
+            verb, _, rest = line.decode("utf-8", "replace").rstrip("\r\n").partition(" ")
             self.server.commands.append(verb)
             if verb == "QUIT":
                 await self.write("221 2.0.0 bye")
@@ -232,7 +245,7 @@ class _Session:
 
     async def mail(self, rest: str) -> None:
         address, _, options = rest.removeprefix("FROM:").partition(" ")
-        size = int(options.removeprefix("SIZE=") or 0)
+        size = int(dict(each.partition("=")[::2] for each in options.split()).get("SIZE") or 0)
         if self.server.max_bytes is not None and size > self.server.max_bytes:
             await self.write("552 5.3.4 too large")
         elif await self.answer(Stage.MAIL, "250 2.1.0 ok"):
@@ -271,9 +284,14 @@ class _Session:
         return True
 
     async def hold(self, until: asyncio.Event) -> None:
-        """Wait for the event, or for the client to give up: it says nothing while it waits for a reply."""
+        """Wait for the event, or for the client to give up."""
+
+        async def listen() -> None:
+            while more := await self.reader.read(2**16):
+                self.ahead += more
+
         released = asyncio.ensure_future(until.wait())
-        gone = asyncio.ensure_future(self.reader.read(1))
+        gone = asyncio.ensure_future(listen())
         try:
             await asyncio.wait([released, gone], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -303,11 +321,13 @@ class _Session:
             return
         if not await self.answer(Stage.DATA, "354 go ahead"):
             return
-        lines = [await self.reader.readuntil(b"\n")]
+        lines = [await self.line()]
         if not await self.follow(Stage.MESSAGE):
             raise _DropError
         while lines[-1] != b".\r\n":
-            lines.append(await self.reader.readuntil(b"\n"))
+            lines.append(await self.line())
+            if not lines[-1]:
+                raise _DropError
         if await self.follow(Stage.ANSWER):
             raw = b"".join(line[1:] if line.startswith(b".") else line for line in lines[:-1])
             self.server.messages.append(Received(self.sender, tuple(self.recipients), raw))

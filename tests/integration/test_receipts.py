@@ -38,7 +38,7 @@ def reference(delivery: Delivery) -> str:
 
 
 def report(made: System, *deliveries: Delivery, status: str = "delivered", code: str | None = None, suppresses: str | None = None) -> None:
-    said = {"provider": "smtp", "status": status, "code": code, "suppresses": suppresses, "at": datetime.now(UTC).isoformat()}
+    said = {"provider": "email", "status": status, "code": code, "suppresses": suppresses, "at": datetime.now(UTC).isoformat()}
     lines = [{**said, "reference": reference(each)} for each in deliveries]
     done = made.notify("receipts", "load", "-", "--json", stdin="".join(json.dumps(line) + "\n" for line in lines))
     assert done.returncode == 0, done.stderr
@@ -79,7 +79,7 @@ def test_a_report_settles_its_delivery_whether_it_comes_before_the_outcome_after
     report(running, twice)
     for each in (early, late, twice):
         settled = await_status(running, each, "delivered")
-        assert (settled.attempt, settled.provider, settled.reference) == (1, "smtp", reference(each))
+        assert (settled.attempt, settled.provider, settled.reference) == (1, "email", reference(each))
     wait_for(lambda: signals.metric("notify_events_total", outcome="repeated") >= 1, seconds=30, what="the repetition counted")
     assert sum(change.status == "delivered" for change in changes(running, twice)) == 1
     assert not running.rows("signals.match.waiting")
@@ -123,7 +123,7 @@ def test_a_report_on_an_attempt_of_unknown_end_settles_it_and_it_is_not_sent_aga
 
 def test_a_report_that_nothing_was_sent_for_is_a_dead_letter_after_three_days(running: System) -> None:
     now = datetime.now(UTC)
-    old = DeliveryReport(report_id="old", provider="smtp", reference="nobody@example", status="delivered", at=now)
+    old = DeliveryReport(report_id="old", provider="email", reference="nobody@example", status="delivered", at=now)
     codec = codec_of(running, topics.RECEIPTS)
     producer = Producer({"bootstrap.servers": running.stack.kafka, "partitioner": "murmur2_random"})
     raw = codec.encode(old)

@@ -15,7 +15,7 @@ import uvloop
 _HEADER = b"\r\nX-Notify-Delivery: "
 _END = b"\r\n.\r\n"
 _REPLIES = {
-    b"EHLO": b"250-sink\r\n250-8BITMIME\r\n250 SIZE 33554432\r\n",
+    b"EHLO": b"250-sink\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 SIZE 33554432\r\n",
     b"MAIL": b"250 2.1.0 OK\r\n",
     b"RCPT": b"250 2.1.5 OK\r\n",
     b"DATA": b"354 go on\r\n",

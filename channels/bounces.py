@@ -58,7 +58,7 @@ def read_reports(raw: bytes, *, domain: str, at: datetime) -> list[DeliveryRepor
     try:
         mail = message_from_bytes(raw)
         parts = {part.get_content_type(): part for part in reversed(list(mail.walk()))}
-        if status := parts.get("message/delivery-status"):
+        if status := parts.get("message/delivery-status") or parts.get("message/global-delivery-status"):  # RFC 6533
             return list(_of_status(status, mail, parts, domain, at))
         if feedback := parts.get("message/feedback-report"):
             return list(_of_feedback(feedback, mail, parts, domain, at))
@@ -158,11 +158,21 @@ def _blocks(part: Message) -> Iterator[Message]:
     """Yield the messages or groups of fields that a part consists of."""
     payload = part.get_payload()
     if isinstance(payload, list):
-        yield from (each for each in payload if isinstance(each, Message))
+        for each in payload:
+            if isinstance(each, Message):
+                yield each
+                # of the kinds that the parser has not heard of the first group is taken for the headers of a mail
+                if not each.is_multipart() and part.get_content_type() == "message/global-delivery-status":
+                    yield from _groups(each)
     else:
-        text = part.get_payload(decode=True)
-        if isinstance(text, bytes):
-            yield BytesParser().parsebytes(text)
+        yield from _groups(part)
+
+
+def _groups(part: Message) -> Iterator[Message]:
+    text = part.get_payload(decode=True)
+    for group in re.split(rb"\r?\n\r?\n", text) if isinstance(text, bytes) else ():
+        if group.strip():
+            yield BytesParser().parsebytes(group.lstrip(b"\r\n"), headersonly=True)
 
 
 def _text(fields: Message, name: str) -> str:

@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
 
 import aiosmtplib
 
@@ -55,8 +55,8 @@ Auth = Literal["plain", "login", "xoauth2"]
 _PORTS: Final = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
 _HANGS_UP: Final = 421
 _CONNECT_SECONDS: Final = 5.0
-_SEND_SECONDS: Final = 12.0  # both together are shorter than a drain (streams.runner.DRAIN_SECONDS)
-_RESET_SECONDS: Final = 5.0
+_SEND_SECONDS: Final = 10.0
+_RESET_SECONDS: Final = 2.0  # all three together are shorter than a drain (streams.runner.DRAIN_SECONDS)
 _QUIT_SECONDS: Final = 1.0
 
 
@@ -206,13 +206,15 @@ class EmailChannel:
             unsubscribe_url=self._unsubscribe_url(delivery, content.address),
         )
         async with self._slots:
+            deadline = asyncio.get_running_loop().time() + self._connect_timeout_seconds + self._send_timeout_seconds
+            mail = _Mail(delivery, recipient, message, deadline)
             reused = self._take_idle()
             if reused is not None:
                 try:
-                    return await self._transact(reused, delivery, recipient, message)
+                    return await self._transact(reused, mail)
                 except _StaleError:
                     pass  # the server had given up the idle connection; no byte of the message left
-            return await self._transact(await self._connect(), delivery, recipient, message)
+            return await self._transact(await self._connect(deadline), mail)
 
     async def look_up(self, delivery: Delivery, content: Content) -> Receipt | None:  # noqa: ARG002 - the channel contract
         """Return None: a mail server cannot be asked."""
@@ -228,7 +230,7 @@ class EmailChannel:
         idle, self._idle = self._idle, []
         await asyncio.gather(*(_quietly(connection.quit(), _QUIT_SECONDS) for connection in idle))
 
-    async def _connect(self) -> Connection:
+    async def _connect(self, deadline: float) -> Connection:
         if not self._is_open:
             raise ProviderUnavailableError("the channel is closed", code="closed")
         server = self._server
@@ -245,7 +247,7 @@ class EmailChannel:
         connection: Connection | None = None
         step = "connect"
         try:
-            async with asyncio.timeout(self._connect_timeout_seconds):
+            async with _until(deadline, self._connect_timeout_seconds):
                 await smtp.connect()
                 await smtp.ehlo()
                 if server.scheme == "smtp+starttls":
@@ -286,11 +288,11 @@ class EmailChannel:
             case None:
                 await smtp.login(username, self._server.password)
 
-    async def _transact(self, connection: Connection, delivery: Delivery, recipient: str, message: bytes) -> Receipt:
+    async def _transact(self, connection: Connection, mail: _Mail) -> Receipt:
         """Send one message on a connection that is ours alone, then give it back or close it."""
         outcome: Receipt | NotifyError | None = None
         try:
-            outcome = await self._exchange(connection, delivery, recipient, message)
+            outcome = await self._exchange(connection, mail)
         finally:
             # also on the way of a cancellation, which leaves a reply behind that the next message would take for its own
             if outcome is None or not connection.is_usable:
@@ -301,12 +303,12 @@ class EmailChannel:
             return outcome
         raise outcome
 
-    async def _exchange(self, connection: Connection, delivery: Delivery, recipient: str, message: bytes) -> Receipt | NotifyError:
+    async def _exchange(self, connection: Connection, mail: _Mail) -> Receipt | NotifyError:
         """Return how one message ended, and leave the connection fit for the next one, or not usable. Raises _StaleError."""
         try:
-            envelope = self._envelope(connection, delivery, recipient, len(message))
-            async with asyncio.timeout(self._send_timeout_seconds):
-                reply = await connection.exchange(envelope, message)
+            envelope = self._envelope(connection.extensions, mail)
+            async with _until(mail.deadline, self._send_timeout_seconds):
+                reply = await connection.exchange(envelope, mail.message)
         except ProviderRejectedError as error:
             return error
         except TimeoutError as error:
@@ -325,22 +327,21 @@ class EmailChannel:
             connection.is_usable = bool(await _quietly(connection.reset(), _RESET_SECONDS))
         return refusal
 
-    def _envelope(self, connection: Connection, delivery: Delivery, recipient: str, size: int) -> Envelope:
-        """Return the commands before a message of `size` bytes, as far as the server understands them."""
-        extensions = connection.extensions
-        reference = self._letterhead.message_id(delivery)
+    def _envelope(self, extensions: frozenset[str], mail: _Mail) -> Envelope:
+        """Return the commands before a message, as far as the server understands them."""
+        reference = self._letterhead.message_id(mail.delivery)
         back = None if self._bounce_domain is None else bounces.return_path(reference, self._bounce_domain)
-        mail = b"MAIL FROM:<%b>" % (back or self._letterhead.sender.address).encode("ascii")
+        sender = b"MAIL FROM:<%b>" % (back or self._letterhead.sender.address).encode("ascii")
         if "size" in extensions:
-            mail += b" SIZE=%d" % size  # RFC 1870: too large is refused before it is sent
+            sender += b" SIZE=%d" % len(mail.message)  # RFC 1870: too large is refused before it is sent
         if "dsn" in extensions and is_token(reference.replace("@", "")):
             # RFC 3461: a bounce returns the envelope's id, and of the message no more than its headers
-            mail += b" RET=HDRS ENVID=%b" % reference.encode("ascii")
-        if not recipient.isascii():
+            sender += b" RET=HDRS ENVID=%b" % reference.encode("ascii")
+        if not mail.recipient.isascii():
             if "smtputf8" not in extensions:
                 raise ProviderRejectedError("the server has no SMTPUTF8 for the address", code="address")
-            mail += b" SMTPUTF8"
-        return Envelope(mail, b"RCPT TO:<%b>" % recipient.encode())
+            sender += b" SMTPUTF8"
+        return Envelope(sender, b"RCPT TO:<%b>" % mail.recipient.encode())
 
     def _refusal(self, connection: Connection, reply: Reply) -> NotifyError:
         """Return what a reply means that was not as hoped for."""
@@ -412,6 +413,15 @@ class EmailChannel:
         connection.close()
 
 
+class _Mail(NamedTuple):
+    """A mail on its way. `deadline`: of all that is tried for it, by the loop's clock."""
+
+    delivery: Delivery
+    recipient: str
+    message: bytes
+    deadline: float
+
+
 class _StaleError(Exception):
     """A connection from the pool was found closed before the message left. Take a new one, once."""
 
@@ -422,6 +432,10 @@ async def _quietly(talk: Coroutine[Any, Any, object], seconds: float) -> object:
         async with asyncio.timeout(seconds):
             return await talk
     return None
+
+
+def _until(deadline: float, seconds: float) -> asyncio.Timeout:
+    return asyncio.timeout_at(min(deadline, asyncio.get_running_loop().time() + seconds))
 
 
 def _signer(config: ProviderConfig) -> Signer | None:

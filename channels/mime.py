@@ -178,7 +178,7 @@ def _unsubscribe_headers(url: str) -> tuple[Header, Header]:
     if len(url) > _LONGEST_URL or not _URL.fullmatch(url):
         raise ProviderRejectedError("the url to unsubscribe at cannot stand in a header", code="header")
     return (
-        (b"List-Unsubscribe", b"\r\n <%b>" % url.encode("ascii")),
+        (b"List-Unsubscribe", b"<%b>" % url.encode("ascii")),
         (b"List-Unsubscribe-Post", b"List-Unsubscribe=One-Click"),
     )
 
@@ -209,15 +209,15 @@ def _is_plain(text: str) -> bool:
 
 def _encoded_words(text: str) -> str:
     """Return `text` as base64 words of RFC 2047, one a line, none ending within a character."""
+    raw = text.encode()
     words: list[bytes] = []
-    word = b""
-    for character in text:
-        encoded = character.encode()
-        if len(word) + len(encoded) > _ENCODED_WORD_BYTES:
-            words.append(word)
-            word = b""
-        word += encoded
-    words.append(word)
+    start = 0
+    while start < len(raw):
+        end = start + _ENCODED_WORD_BYTES
+        while end < len(raw) and raw[end] & 0xC0 == 0x80:  # goes on with a character
+            end -= 1
+        words.append(raw[start:end])
+        start = end
     return "\r\n ".join(f"=?utf-8?b?{binascii.b2a_base64(word, newline=False).decode('ascii')}?=" for word in words)
 
 

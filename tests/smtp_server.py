@@ -33,6 +33,7 @@ class Stage(StrEnum):
     MESSAGE = "MESSAGE"  # the first line of a message has come in
     ANSWER = "ANSWER"  # the final dot has come in
     RSET = "RSET"
+    NOBODY = "NOBODY"  # DATA without a recipient
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,12 @@ class SmtpServer:
             writer.close()
             task.cancel()
         await asyncio.gather(*sessions, return_exceptions=True)
+
+    async def say(self, line: str) -> None:
+        """Say something that nobody asked for on every connection, and wait until the clients have hung up."""
+        for writer in self._sessions.values():
+            writer.write(line.encode() + b"\r\n")
+        await self.wait_until(lambda: self.open_connections == 0)
 
     async def wait_until(self, is_so: Callable[[], bool]) -> None:
         """Return as soon as `is_so()`, which is asked whenever something happened here. Fails after 5 seconds."""
@@ -317,7 +324,11 @@ class _Session:
 
     async def data(self, _: str) -> None:
         if self.sender is None or not self.recipients:
-            await self.write("503 5.5.1 no")
+            if not await self.answer(Stage.NOBODY, "503 5.5.1 no"):
+                # told to take a message to nobody, which RFC 2920 allows
+                while await self.line() not in {b".\r\n", b""}:
+                    pass
+                await self.write("554 5.5.1 no valid recipients")
             return
         if not await self.answer(Stage.DATA, "354 go ahead"):
             return

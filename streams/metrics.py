@@ -63,6 +63,7 @@ class Metrics:
         self.provider_share = gauge("provider_share", "The part of a channel's deliveries that a provider is given.", "channel", "provider")
         self.unknown = gauge("unknown_deliveries", "Deliveries that may have arrived, and nothing has settled it yet.", "channel")
         self.settled = counter("settled_total", "Deliveries of unknown end that a provider's report settled.", "channel", "status")
+        self.bounces = counter("bounces_total", "Mails that came back, by what they were.", "outcome")
         self.suppressions = counter("suppressions_total", "Addresses to which nothing more is sent, by why.", "channel", "reason")
         self.callbacks = counter(
             "callbacks_total", "Calls by which providers report on deliveries, by what became of them.", "source", "outcome"

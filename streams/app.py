@@ -239,6 +239,7 @@ class Worker(NotifyApp):
         self.watch = HealthWatch(runner)
         self.add_future(self.watch.watch())
         self.add_future(ClockWatch(self.registry, self.metrics).watch())
+        self._read_bounces(runner)
         self._closing.append(self.registry.close)
 
     def _followed(self) -> set[str]:
@@ -341,6 +342,19 @@ class Worker(NotifyApp):
     async def _report(self, report: DeliveryReport) -> None:
         """Publish a provider's later word. Raises ProviderUnavailableError: Kafka did not take it."""
         await self.publish(topics.RECEIPTS, report_key(report.provider, report.reference), report)
+
+    def _read_bounces(self, runner: Runner) -> None:
+        mailbox = self.settings.bounces
+        if self.role is not Role.SIGNALS or mailbox is None or self.plan.inputs is not None:
+            return
+        from channels.mime import parse_sender
+        from streams.bounces import BounceReader
+
+        def is_ours() -> bool:
+            return any(shard.step.name == "match" and shard.partition == 0 for shard in runner.shards.values())
+
+        domain = parse_sender(self.settings.mail_from).domain
+        self.add_future(BounceReader(mailbox, domain=domain, publish=self._report, is_ours=is_ours, metrics=self.metrics).run())
 
     def _share_quotas(self, runner: Runner) -> None:
         """Let this worker use as much of each provider's quota as it owns of the partitions."""

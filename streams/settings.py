@@ -22,6 +22,7 @@ from channels.signing import parse_secret
 from channels.subscriptions import Subscription, parse_subscriptions
 from schemas.errors import SettingsError
 from schemas.topics import Lane, Tier
+from streams.mailbox import Mailbox, parse_mailbox
 from streams.roles import Role
 from streams.security import KafkaSecurity, Mechanism, Protocol, RegistrySecurity, Tls
 from streams.topics import Count
@@ -69,6 +70,7 @@ class Settings:
     providers: tuple[ProviderConfig, ...] = ()
     lane_shares: Mapping[Lane, float] = field(default_factory=lambda: dict(DEFAULT_LANE_SHARES))
     sms_countries: frozenset[str] | None = None
+    bounces: Mailbox | None = None
     public_url: str = ""
     callback_url: str = ""
     callback_keys: tuple[bytes, ...] = field(default=(), repr=False)
@@ -169,6 +171,7 @@ class Settings:
             providers=_providers(env, problems),
             lane_shares=read("NOTIFY_LANE_SHARES", _lane_shares, DEFAULT_LANE_SHARES),
             sms_countries=read("NOTIFY_SMS_COUNTRIES", _countries, None),
+            bounces=read("NOTIFY_BOUNCES_URL", parse_mailbox, None),
             public_url=public_url,
             callback_url=read("NOTIFY_CALLBACK_URL", _http_url, public_url),
             callback_keys=read("NOTIFY_CALLBACK_SECRETS", _callback_keys, ()),
@@ -246,6 +249,7 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_CALLBACK_SECRETS": "secrets (whsec_…) that sign reports to /callbacks/receipts, between spaces; secret; default: none",
     "NOTIFY_SES_TOPICS": "topics of Amazon SNS that may report on mails (arn:aws:sns:…), between spaces; default: none",
     "NOTIFY_WEBHOOKS_FILE": "a TOML file of those who are told of status changes, a table [webhooks.NAME] each (docs/howto/webhooks.md)",
+    "NOTIFY_BOUNCES_URL": "the mailbox of bounces, imaps://user:password@host/INBOX (docs/howto/email.md); secret; signals reads it",
     "NOTIFY_CACHE_DIR": "where `notify up` keeps downloads; default ~/.cache/flowmart-notify",
 }
 SECRETS = frozenset(

@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup run test test-fast check format format-check lint types imports bench soak docs lock clean
+.PHONY: help setup setup-system run test test-fast check format format-check lint types imports bench soak docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[36m%-14s\033[0m %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,13 @@ $(STAMP): requirements.txt
 	@if [ -e .git ] && [ -z "$$CI" ] && command -v git >/dev/null; then "$(BIN)/pre-commit" install \
 	  || echo "the pre-commit hooks were not installed; everything else is ready"; fi
 	@touch $@
+
+# postfix: its own configuration is not used, and no service is started; chromium: the tests of pages
+setup-system: ## install what tests need from Debian: Postfix and Chromium, where they are missing (as root)
+	@missing=""; \
+	  test -x /usr/sbin/postfix || missing="$$missing postfix"; \
+	  command -v chromium >/dev/null || missing="$$missing chromium"; \
+	  test -z "$$missing" || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; }
 
 run: setup ## run the whole system here and play sample payments; Ctrl-C stops it (ARGS=--once: stop when they are delivered)
 	@exec "$(BIN)/notify" up --data-dir data $(ARGS)

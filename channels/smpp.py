@@ -316,7 +316,7 @@ class SmppChannel:
         self._carrier = carrier
         self._report = report
         self._tls_context = tls_context
-        self._bind = _settled(carrier, provider)
+        self._bind_request = _bind_body(carrier, provider)
         self._is_open = False
         self._session: _Session | None = None
         self._binding: asyncio.Task[_Session] | None = None
@@ -402,19 +402,24 @@ class SmppChannel:
     # ---- the connection
 
     async def _keep_bound(self) -> None:
+        """Bind again whenever the connection ended, the sooner the longer it held."""
+        now = asyncio.get_running_loop().time
         pause, longest = _BACKOFF_SECONDS
         while True:
+            began = now()
             try:
                 session = await self._bound()
             except ProviderUnavailableError as error:
-                log.warning("provider.unbound provider=%s code=%s", self.provider, error.code)
-                await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - jitter
-                pause = min(pause * 2, longest)
-                continue
-            pause, longest = _BACKOFF_SECONDS
-            log.info("provider.bound provider=%s", self.provider)
-            await session.ended.wait()
-            log.warning("provider.unbound provider=%s code=%s", self.provider, session.broken)
+                code = error.code
+            else:
+                log.info("provider.bound provider=%s", self.provider)
+                await session.ended.wait()
+                code = session.broken
+            log.warning("provider.unbound provider=%s code=%s", self.provider, code)
+            if now() - began > longest:
+                pause = _BACKOFF_SECONDS[0]
+            await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - jitter
+            pause = min(pause * 2, longest)
 
     async def _bound(self) -> _Session:
         """Return the session, binding first where there is none. All who wait for it share one attempt."""
@@ -452,7 +457,7 @@ class SmppChannel:
                     lambda: session, carrier.host, carrier.port, ssl=self._tls_context if carrier.is_secure else None
                 )
                 step = "bind"
-                answer = await session.call(Command.BIND_TRANSCEIVER, self._bind)
+                answer = await session.call(Command.BIND_TRANSCEIVER, self._bind_request)
             if answer.status:
                 code = name_of(answer.status)
                 raise ProviderUnavailableError(f"the carrier turned us away: {code}", code=code)
@@ -840,7 +845,7 @@ def _accepted_id(answer: Pdu) -> str | None:
     raise ProviderRefusedError(sentence, code=code)
 
 
-def _settled(carrier: Carrier, provider: str) -> bytes:
+def _bind_body(carrier: Carrier, provider: str) -> bytes:
     """Return the body of the bind. Raises SettingsError."""
     try:
         return Bind(system_id=carrier.system_id, password=carrier.password, system_type=carrier.system_type).encode()

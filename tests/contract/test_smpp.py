@@ -11,6 +11,7 @@ import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +447,19 @@ async def test_it_binds_before_there_is_something_to_send_and_again_when_it_was_
     await eventually(lambda: carrier.binds == 3)
     await channel.send(a_delivery(), a_content())
     assert carrier.binds == 3
+
+
+async def test_a_carrier_that_ends_each_connection_at_once_is_not_run_against(desk: Desk) -> None:
+    class Fickle(SmppSimulator):
+        def bind(self, bind: smpp_pdu.Bind) -> Status | None:
+            asyncio.get_running_loop().call_later(0.01, self.cut)
+            self.calls.append(asyncio.get_running_loop().time())
+            return super().bind(bind)
+
+    async with Fickle() as carrier, opened(a_channel(carrier.url, desk)):
+        await eventually(lambda: carrier.binds == 4, seconds=20)
+        times = list(carrier.calls)
+    assert all(later - earlier >= 0.25 * 2**number for number, (earlier, later) in enumerate(pairwise(times)))
 
 
 async def test_it_asks_for_a_sign_of_life_and_gives_one(carrier: SmppSimulator, desk: Desk) -> None:

@@ -20,10 +20,11 @@ from itertools import islice
 from typing import Protocol, cast
 
 import orjson
-import phonenumbers
 
 from agents.ports import Effects, Output, Row, SortedRows, Source, State, origin_of
 from agents.triggers import EVENT, NO_RULE, RULES, Rule
+from channels.devices import parse_device
+from channels.sms import route_of as country_of
 from schemas import topics
 from schemas.codec import Codec, pack, unpack
 from schemas.errors import InvalidEventError, UnknownRuleError, UnsealableError, VersionConflictError
@@ -619,14 +620,12 @@ def _route(channel: Channel, address: str) -> str | None:
     """Return what of an address decides who can carry it; None where nothing does, or it is none."""
     match channel:
         case Channel.SMS:
-            try:
-                number = phonenumbers.parse(address)
-            except phonenumbers.NumberParseException:
-                return None
-            return phonenumbers.region_code_for_number(number) if phonenumbers.is_valid_number(number) else None
+            return country_of(address)
         case Channel.PUSH:
-            kind, colon, token = address.partition(":")
-            return kind if colon and token and kind in {"fcm", "apns", "webpush"} else None
+            try:
+                return parse_device(address).kind
+            except ValueError:
+                return None
         case _:
             return None
 

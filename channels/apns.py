@@ -68,7 +68,8 @@ _LEAST_SECONDS: Final = 4.0  # for which a repetition is begun
 _ACCOUNT: Final = re.compile(r"([A-Za-z0-9]{1,20})\.([A-Za-z0-9]{1,20})")
 _TOPIC: Final = re.compile(r"[A-Za-z0-9.-]{1,200}")
 _ALERT: Final = steady("apns-push-type", "alert")
-_DEAD: Final = frozenset({"BadDeviceToken", "DeviceTokenNotForTopic", "Unregistered", "ExpiredToken"})
+# DeviceTokenNotForTopic is none of them: a wrong `topic` of ours would take every device from every user
+_DEAD: Final = frozenset({"BadDeviceToken", "Unregistered", "ExpiredToken"})
 # about our account or our configuration: a person has to see to it, and nothing is lost meanwhile
 _OURS: Final = frozenset({"BadTopic", "MissingTopic", "TopicDisallowed", "BadCertificate", "BadCertificateEnvironment", "BadPath"})
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -17,10 +17,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from channels.simulators.registry import SIMULATORS, Simulator, build_simulator
+from channels.simulators import PROTOCOLS
 from channels.simulators.script import Script, parse_script
 from streams.cli import console
 from streams.cli.errors import CliError
+
+if TYPE_CHECKING:
+    from channels.simulators.registry import Simulator
 
 EPILOG = console.examples(
     "notify simulate smtp",
@@ -29,7 +32,7 @@ EPILOG = console.examples(
 )
 _LOOK_SECONDS = 0.5
 
-Protocol = StrEnum("Protocol", {name: name for name in SIMULATORS})  # type: ignore[misc]  # made of the table, so that it is one
+Protocol = StrEnum("Protocol", {name: name for name in PROTOCOLS})  # type: ignore[misc]  # made of the table, so that it is one
 
 
 def simulate(
@@ -47,6 +50,8 @@ def simulate(
     Whatever the script says, magic recipients always do the same: deliver@, bounce@, refuse@, throttle@, timeout@ and complain@ any
     domain; numbers that end with 000001 to 000006; tokens that end with magic-deliver, magic-bounce and so on.
     """
+    from channels.simulators.registry import build_simulator
+
     try:
         wanted = parse_script(script)
     except ValueError as error:

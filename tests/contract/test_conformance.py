@@ -15,6 +15,7 @@ import pytest
 from channels.base import Channel, Receipt
 from channels.config import parse_providers
 from channels.registry import BUILDERS
+from channels.simulators import PROTOCOLS
 from channels.simulators.registry import SIMULATORS, Simulator, build_simulator
 from channels.simulators.script import Script
 from schemas.errors import (
@@ -32,7 +33,7 @@ from tests.ports import no_ports
 
 NOW = dt.datetime.now(dt.UTC)
 PLANTED = "planted words of the message"
-NAMES = tuple(SIMULATORS)
+NAMES = PROTOCOLS
 CHANNEL = {"smtp": "email", "smpp": "sms", "twilio": "sms", "fcm": "push", "apns": "push", "webpush": "push"}
 REPORTING = tuple(name for name in ("smpp",) if name in NAMES)  # those that report over the connection that they are called by
 NUMBER = "+4915223433333"
@@ -138,6 +139,10 @@ async def eventually(condition: Callable[[], object], seconds: float = 10) -> No
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - it looks at lists
             await asyncio.sleep(0.01)
+
+
+def test_every_simulator_is_held_to_it() -> None:
+    assert set(PROTOCOLS) == set(SIMULATORS)
 
 
 async def test_what_is_accepted_is_sent_and_arrives_once(peer: Peer) -> None:

@@ -688,7 +688,7 @@ def apple(status: int, reason: str, **headers: str) -> Reply:
     ("reply", "kind", "code", "more"),
     [
         (apple(400, "BadDeviceToken"), ProviderRejectedError, "400 BadDeviceToken", GONE),
-        (apple(400, "DeviceTokenNotForTopic"), ProviderRejectedError, "400 DeviceTokenNotForTopic", GONE),
+        (apple(400, "DeviceTokenNotForTopic"), ProviderRejectedError, "400 DeviceTokenNotForTopic", None),
         (apple(410, "Unregistered"), ProviderRejectedError, "410 Unregistered", GONE),
         (apple(410, "ExpiredToken"), ProviderRejectedError, "410 ExpiredToken", GONE),
         (Reply(status=410, body=b"planted"), ProviderRejectedError, "410", None),

@@ -130,7 +130,7 @@ class Laboratory:
         wanted = targets(specs, env=env, counts=dict.fromkeys(Count, PARTITIONS) | {Count.ONE: 1}, replication=1)
         apply(self.admin, plan(self.admin, wanted))
         # a client that comes before the leaders are up waits for seconds, and that is nobody's figure
-        self._ends(target.name for target in wanted)
+        self._ends({target.name: target.partitions for target in wanted})
 
     def drop(self, names: Iterable[str]) -> None:
         """Delete topics by their names in the cluster."""
@@ -186,10 +186,11 @@ class Laboratory:
 
     def end(self, topic: str) -> int:
         """Return the sum of a topic's end offsets."""
-        return sum(self._ends([topic]))
+        return sum(self._ends({topic: PARTITIONS}))
 
-    def _ends(self, names: Iterable[str]) -> list[int]:
-        places = [TopicPartition(name, number) for name in names for number in range(PARTITIONS)]
+    def _ends(self, topics: Mapping[str, int]) -> list[int]:
+        """Return the end of every partition of `topics`, name -> how many it has."""
+        places = [TopicPartition(name, number) for name, count in topics.items() for number in range(count)]
         asked = {place: OffsetSpec.latest() for place in places}  # type: ignore[no-untyped-call]
 
         def answer() -> list[int] | None:

@@ -23,6 +23,7 @@ class Sizes:
     many_events: int = 2_000_000  # 5
     watchers: int = 200_000  # 4
     state_rows: int = 10_000_000  # 6
+    provider_messages: int = 3_000  # 7 to 9
 
 
 QUICK = Sizes(
@@ -39,4 +40,5 @@ QUICK = Sizes(
     many_events=20_000,
     watchers=2_000,
     state_rows=20_000,
+    provider_messages=200,
 )

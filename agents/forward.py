@@ -52,7 +52,7 @@ class Forwarder:
         del state
         if change.channel == Channel.WEBHOOK:
             return Effects()
-        wanted = [each for each in self.subscriptions if each.wants(change.status, change.channel)]
+        wanted = [each for each in self.subscriptions if each.wants(change)]
         if not wanted:
             return Effects()
         if self.now() - source.at > MAX_AGE:
@@ -90,6 +90,7 @@ def told(change: StatusChange) -> str:
             "reference": change.reference,
             "generation": change.generation,
             "attempt": change.attempt,
+            "category": change.category,
         },
     }
     return orjson.dumps(message).decode()

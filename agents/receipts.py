@@ -4,7 +4,7 @@ A sender publishes what the provider knows a delivery by together with the attem
 waits. Two tables, both keyed by provider and reference, JSON with moments in milliseconds since 1970 UTC:
 
 `references`  [notification, delivery, user, channel, lane, generation, attempt, at, {status: [code, at]}, is unknown, scope
-              of its address, [why nothing more is sent there]]: the newest attempt that is known under the reference, and
+              of its address, [why nothing more is sent there], category]: the newest attempt that is known under the reference, and
               what was reported on it; without the last ones that say nothing
 `waiting`     [[partition, offset, at, status, code, reported at, raw record in base64, why nothing more may be sent], …] in
               order of arrival
@@ -72,6 +72,7 @@ class Known:
     is_unknown: bool = False  # its sender waits for a report
     scope: str | None = None  # of a suppression of its address
     suppressed: tuple[str, ...] = ()  # why it was suppressed by reports on this delivery
+    category: str | None = None
 
     @classmethod
     def decode(cls, row: bytes) -> Self:
@@ -91,14 +92,15 @@ class Known:
             is_unknown=bool(rest and rest[0]),
             scope=rest[1] if len(rest) > 1 else None,
             suppressed=tuple(rest[2]) if len(rest) > 1 else (),
+            category=rest[3] if len(rest) > 3 else None,
         )
 
     def encode(self) -> bytes:
         """Return the row's bytes."""
         place = [self.notification_id, self.delivery_id, self.user_id, self.channel, self.lane]
         rest: list[object] = [True] if self.is_unknown else []
-        if self.scope is not None:
-            rest = [self.is_unknown, self.scope, self.suppressed]
+        if self.scope is not None or self.category is not None:
+            rest = [self.is_unknown, self.scope, self.suppressed, self.category]
         return orjson.dumps([*place, self.generation, self.attempt, self.at_ms, self.reports, *rest])
 
 
@@ -154,6 +156,7 @@ class Matcher:
             is_unknown=reference.is_unknown,
             scope=reference.address_scope,
             suppressed=suppressed if reference.address_scope is not None else (),
+            category=reference.category,
         )
         is_repeated = known == before
         known, orders = _suppressed(known, ((entry.suppresses, entry.reported_at_ms) for entry in waiting))
@@ -265,6 +268,7 @@ class Matcher:
             generation=known.generation,
             attempt=known.attempt,
             at=datetime.fromtimestamp(at_ms / 1000, UTC),
+            category=known.category,
         )
         return Output(topics.STATUS, user, change, partition_of(user, self.partitions))
 

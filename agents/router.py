@@ -276,7 +276,7 @@ class Router:
                 content = Content(address=choice.address, name=name or None, **parts)
                 delivery = self._delivery(request, rule, source, identity, choice, content, key=key)
                 outputs.append(Output(topics.deliver(choice.channel, lane), user, delivery))
-            outputs.append(Output(topics.STATUS, user, _first_status(choice, identity, request.user_id, lane, source.at)))
+            outputs.append(Output(topics.STATUS, user, _first_status(choice, identity, request.user_id, lane, rule.category, source.at)))
         is_notified = sealed is not None
         record = self._record(
             request,
@@ -630,7 +630,9 @@ def _route(channel: Channel, address: str) -> str | None:
             return None
 
 
-def _first_status(choice: _Choice, identity: NotificationId, user_id: str, lane: Lane, at: datetime) -> StatusChange:
+def _first_status(  # noqa: PLR0913, PLR0917 - everything that it says
+    choice: _Choice, identity: NotificationId, user_id: str, lane: Lane, category: str, at: datetime
+) -> StatusChange:
     is_chosen = choice.address is not None
     return StatusChange(
         notification_id=identity,
@@ -642,4 +644,5 @@ def _first_status(choice: _Choice, identity: NotificationId, user_id: str, lane:
         channel=choice.channel,
         lane=lane,
         at=at,
+        category=category,
     )

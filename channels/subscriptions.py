@@ -5,6 +5,7 @@ url = "https://orders.flowmart.example/hooks/notifications"
 secret = "$ORDERS_WEBHOOK_SECRET"            # whsec_…; several, between spaces, while one takes over from the other
 statuses = ["delivered", "bounced", "failed"]  # default: every way in which a delivery ends, and sent
 channels = ["email", "sms"]                    # default: all
+categories = ["payments"]                      # default: all; nobody knows that of what a recipient did
 per_second = 50                                # default: no limit
 allow_private = true                           # for a subscriber inside: addresses that are not of the internet; default false
 """
@@ -23,6 +24,7 @@ from channels.config import ProviderConfig
 from channels.signing import parse_secret
 from schemas import topics
 from schemas.errors import SettingsError
+from schemas.messages import StatusChange
 from schemas.status import Engagement, Status, is_terminal
 
 MAX_SUBSCRIPTIONS: Final = 50
@@ -30,7 +32,7 @@ DEFAULT_STATUSES: Final = frozenset({Status.SENT, *(status for status in Status 
 _STATUSES: Final = frozenset({*Status, *Engagement})
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 _VARIABLE: Final = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?")
-_KNOWN: Final = frozenset({"url", "secret", "statuses", "channels", "per_second", "allow_private"})
+_KNOWN: Final = frozenset({"url", "secret", "statuses", "channels", "categories", "per_second", "allow_private"})
 _LEAST_RATE: Final = 0.01
 _MOST_RATE: Final = 1_000_000.0
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address is in its last 32 bits
@@ -39,19 +41,27 @@ _SUPPORTED: Final = frozenset(topics.Channel) - {topics.Channel.WEBHOOK}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subscription:
-    """Who is told of status changes, and of which. `channels` None: of all. The URL is kept as a secret is: it may hold one."""
+    """Who is told of status changes, and of which. `channels` and `categories` None: of all.
+
+    The URL is kept as a secret is: it may hold one.
+    """
 
     name: str
     url: str = field(repr=False)
     keys: tuple[bytes, ...] = field(repr=False)
     statuses: frozenset[str] = DEFAULT_STATUSES
     channels: frozenset[str] | None = None
+    categories: frozenset[str] | None = None
     per_second: float | None = None
     allow_private: bool = False
 
-    def wants(self, status: str, channel: str | None) -> bool:
-        """Say whether the subscriber is told of a change."""
-        return status in self.statuses and (self.channels is None or channel is None or channel in self.channels)
+    def wants(self, change: StatusChange) -> bool:
+        """Say whether the subscriber is told of a change. What a change does not say keeps nobody from it."""
+        return (
+            change.status in self.statuses
+            and (self.channels is None or change.channel is None or change.channel in self.channels)
+            and (self.categories is None or change.category is None or change.category in self.categories)
+        )
 
     @property
     def config(self) -> ProviderConfig:
@@ -97,6 +107,7 @@ def _subscription(name: str, table: Mapping[str, Any], env: Mapping[str, str]) -
         keys=_keys(_text(table, "secret", env)),
         statuses=_words(table, "statuses", _STATUSES) or DEFAULT_STATUSES,
         channels=_words(table, "channels", _SUPPORTED),
+        categories=_words(table, "categories", None),
         per_second=_rate(table.get("per_second")),
         allow_private=allow_private,
     )
@@ -120,11 +131,14 @@ def _keys(text: str) -> tuple[bytes, ...]:
         raise ValueError(f"its secret {error}") from None
 
 
-def _words(table: Mapping[str, Any], option: str, allowed: frozenset[str]) -> frozenset[str] | None:
+def _words(table: Mapping[str, Any], option: str, allowed: frozenset[str] | None) -> frozenset[str] | None:
+    """Return the words of an option; None: it is not there. `allowed` None: any word."""
     value = table.get(option)
     if value is None:
         return None
-    if not isinstance(value, list) or not value or not all(isinstance(each, str) and each in allowed for each in value):
+    if not isinstance(value, list) or not value or not all(isinstance(each, str) and each for each in value):
+        raise ValueError(f"{option} is not a list of words")
+    if allowed is not None and not allowed >= set(value):
         raise ValueError(f"{option} is not a list of {', '.join(sorted(allowed))}")
     return frozenset(value)
 

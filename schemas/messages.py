@@ -160,6 +160,7 @@ class ProviderReference:
     at: datetime
     address_scope: str | None = None
     is_unknown: bool = False
+    category: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,6 +334,7 @@ class StatusChange:
     generation: int = 0
     attempt: int = 0
     at: datetime
+    category: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -575,6 +575,7 @@ class SendingShard(Shard):
             generation=delivery.generation,
             attempt=attempt,
             at=now,
+            category=delivery.category,
         )
         self.publish(Output(topics.STATUS, delivery.user_id.encode(), change), self.tools.encoder.encode(change))
 
@@ -598,6 +599,7 @@ class SendingShard(Shard):
             at=now,
             address_scope=job.scope,
             is_unknown=receipt is None,
+            category=delivery.category,
         )
         output = Output(topics.PROVIDER_REFS, report_key(channel.reported_as, reference), known, BY_KEY)
         self.publish(output, self.tools.encoder.encode(known))

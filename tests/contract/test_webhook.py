@@ -25,7 +25,7 @@ from schemas.errors import (
     SendUnknownError,
     SettingsError,
 )
-from schemas.messages import Content, Delivery
+from schemas.messages import Content, Delivery, StatusChange
 from schemas.status import Status, Suppression
 from tests.deliveries import a_delivery
 from tests.subscriber import Subscriber
@@ -218,12 +218,16 @@ def test_a_subscription_that_cannot_be_says_why_and_repeats_no_secret(lines: str
 
 
 def test_subscriptions_are_data() -> None:
-    text = "[webhooks.a]\nurl='https://a.example/x'\nsecret='$S'\nstatuses=['bounced','read']\nchannels=['sms']\nper_second=5\n"
+    text = "[webhooks.a]\nurl='https://a.example/x'\nsecret='$S'\nstatuses=['bounced','read']\nchannels=['sms']\n"
+    text += "categories=['payments']\nper_second=5\n"
     (found,) = parse_subscriptions(text, {"S": SECRET})
     assert (found.name, found.per_second, found.allow_private) == ("a", 5.0, False)
-    assert found.wants("bounced", "sms")
-    assert found.wants("read", None)
-    assert not found.wants("bounced", "email")
-    assert not found.wants("delivered", "sms")
+    change = StatusChange(
+        notification_id="n", user_id="u", axis="delivery", status="bounced", channel="sms", category="payments", at=DELIVERY.created_at
+    )
+    assert found.wants(change)
+    assert found.wants(replace(change, status="read", channel=None, category=None))
+    for other in (replace(change, channel="email"), replace(change, status="delivered"), replace(change, category="messages")):
+        assert not found.wants(other)
     assert "a.example" not in repr(found)
     assert parse_subscriptions("", {}) == ()

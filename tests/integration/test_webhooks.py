@@ -92,6 +92,7 @@ def test_a_subscriber_that_fails_at_first_is_told_once_and_holds_nobody_else(run
     assert message.message["type"] == "delivery.sent"
     data = message.message["data"]
     assert (data["notificationId"], data["userId"], data["channel"], data["provider"]) == (sent[0], "ada", "email", "smtp")
+    assert data["category"] == "payments"
     assert is_notification_id(data["notificationId"])
     wait_for(lambda: failing.told, seconds=90, what="the other one told at last")
     assert len(set(failing.calls)) == 1, "the same message at each attempt"

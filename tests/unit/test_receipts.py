@@ -31,6 +31,7 @@ REFERENCE = ProviderReference(
     generation=0,
     attempt=1,
     at=NOW,
+    category="payments",
 )
 REPORT = DeliveryReport(report_id="r", provider="smtp", reference=REFERENCE.reference, status="delivered", code="2.0.0", at=NOW)
 SCOPED = replace(REFERENCE, address_scope="suppression:email:0123")
@@ -85,6 +86,7 @@ def test_a_report_after_its_reference_changes_the_status_of_that_attempt() -> No
     assert desk.tell(REPORT).counts == ["matched"]
     (change,) = desk.changes
     assert (change.status, change.reason, change.generation, change.attempt, change.delivery_id) == ("delivered", "2.0.0", 1, 3, "d")
+    assert change.category == "payments"
 
 
 def test_a_report_before_its_reference_waits_for_it() -> None:

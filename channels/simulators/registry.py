@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from channels.simulators.apns import ApnsSimulator
 from channels.simulators.fcm import FcmSimulator
 from channels.simulators.smpp import SmppSimulator
+from channels.simulators.smtp import SmtpSimulator
 from channels.simulators.twilio import TwilioSimulator
 from channels.simulators.webpush import WebPushSimulator
 
@@ -46,6 +47,7 @@ class Simulator(Protocol):
 
 # name -> (its port unless told, whether it makes credentials in a folder, its class)
 SIMULATORS: Mapping[str, tuple[int, bool, Callable[..., Simulator]]] = {
+    "smtp": (2525, False, SmtpSimulator),
     "smpp": (2775, False, SmppSimulator),
     "twilio": (4010, False, TwilioSimulator),
     "fcm": (4011, True, FcmSimulator),

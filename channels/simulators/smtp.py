@@ -36,6 +36,7 @@ from urllib.parse import quote
 
 import aiosmtplib
 
+from channels.simulators.pace import Pace
 from channels.simulators.script import Behaviour, Script, magic
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class SmtpSimulator:
     connections: int = 0
     chance: random.Random = field(init=False, repr=False)
     sessions: set[_Session] = field(default_factory=set, repr=False)
-    _taken_at: deque[float] = field(default_factory=deque, repr=False)
+    _pace: Pace = field(default_factory=Pace, repr=False)
     tasks: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
     _server: asyncio.Server | None = field(default=None, repr=False)
 
@@ -135,13 +136,7 @@ class SmtpSimulator:
         now = time.monotonic()
         self.calls.append(now)
         found = magic(recipient) or self.script.behaviour(self.chance)
-        if self.script.per_second and found in _TAKEN:
-            while self._taken_at and self._taken_at[0] <= now - 1:
-                self._taken_at.popleft()
-            if len(self._taken_at) >= self.script.per_second:
-                return Behaviour.THROTTLE
-            self._taken_at.append(now)
-        return found
+        return Behaviour.THROTTLE if found in _TAKEN and self._pace.is_exceeded(self.script.per_second, now) else found
 
     def take(self, message: Message, behaviours: list[Behaviour]) -> None:
         """Keep a mail, and begin what comes back of it."""

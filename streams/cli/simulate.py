@@ -19,6 +19,7 @@ from rich.text import Text
 
 from channels.simulators import PROTOCOLS
 from channels.simulators.script import Script, parse_script
+from channels.simulators.smtp import SmtpSimulator, relay
 from streams.cli import console
 from streams.cli.errors import CliError
 
@@ -35,7 +36,7 @@ _LOOK_SECONDS = 0.5
 Protocol = StrEnum("Protocol", {name: name for name in PROTOCOLS})  # type: ignore[misc]  # made of the table, so that it is one
 
 
-def simulate(
+def simulate(  # noqa: PLR0913 - one parameter an option
     *,
     protocol: Annotated[Protocol, typer.Argument(help="What it speaks.")],
     port: Annotated[int | None, typer.Option(min=0, max=65_535, help="Where it listens on 127.0.0.1; 0: any.")] = None,
@@ -43,6 +44,9 @@ def simulate(
     seed: Annotated[int, typer.Option(help="The same seed fails the same way.")] = 0,
     folder: Annotated[
         Path | None, typer.Option(metavar="D", help="Where the credentials are made that a client needs; default: a temporary folder.")
+    ] = None,
+    bounces_to: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The mail server that smtp hands bounces and complaints to; default: none come.")
     ] = None,
 ) -> None:
     """Run a simulated provider until Ctrl-C, and print how to configure it.
@@ -59,6 +63,11 @@ def simulate(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     made = build_simulator(protocol, script=wanted, port=port, folder=folder, seed=seed)
+    if bounces_to is not None:
+        host, _, number = bounces_to.rpartition(":")
+        if not isinstance(made, SmtpSimulator) or not host or not number.isdigit():
+            raise typer.BadParameter("is HOST:PORT, and for smtp only", param_hint="--bounces-to")
+        made.on_report = relay(host, int(number))
     asyncio.run(_run(protocol, made, wanted))
 
 

@@ -102,7 +102,7 @@ class System:
         ask = choose_port(taken=[smtp])
         self.smtp_url, self._ask_port = f"smtp://127.0.0.1:{smtp}", ask
         sink = self._spawn("sink", [PYTHON, "-m", "benchmarks.sink", str(smtp), str(ask)], outside(), port=smtp)
-        wait_for(lambda: _accepts(ask), seconds=_SINK_SECONDS, what=f"the sink listens\n{tail(sink.log)}")
+        wait_for(lambda: is_listening(ask), seconds=_SINK_SECONDS, what=f"the sink listens\n{tail(sink.log)}")
         return sink
 
     def start(self, *roles: Role) -> None:
@@ -256,11 +256,7 @@ class System:
 
     def accepted(self) -> dict[str, float]:
         """Return when the sink accepted each delivery, in seconds since 1970."""
-        found: dict[str, float] = {}
-        for line in _ask(self._ask_port).splitlines():
-            delivery, _, at = line.decode("ascii").partition(" ")
-            found.setdefault(delivery, float(at))
-        return found
+        return accepted_by(self._ask_port)
 
 
 def event_id(number: int) -> str:
@@ -278,7 +274,17 @@ def system(lab: Laboratory) -> Iterator[System]:
         made.close()
 
 
-def _accepts(port: int) -> bool:
+def accepted_by(ask_port: int) -> dict[str, float]:
+    """Return when a sink accepted each delivery, in seconds since 1970."""
+    found: dict[str, float] = {}
+    for line in _ask(ask_port).splitlines():
+        delivery, _, at = line.decode("ascii").partition(" ")
+        found.setdefault(delivery, float(at))
+    return found
+
+
+def is_listening(port: int) -> bool:
+    """Say whether somebody listens on a port of this machine."""
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
     except OSError:

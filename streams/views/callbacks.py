@@ -28,7 +28,7 @@ import orjson
 from aiohttp import web
 
 from agents.receipts import REPORTED, report_key
-from channels import ses, signing, twilio
+from channels import bounces, ses, signing, twilio
 from schemas import topics
 from schemas.errors import NotifyError
 from schemas.ids import digest
@@ -43,7 +43,6 @@ MAX_REPORTS_BYTES = 64 * 1024
 MAX_REPORTS = 100
 # SNS gives up an hour after the first try (docs.aws.amazon.com: "Amazon SNS message delivery retries")
 SNS_AGE = timedelta(hours=1, minutes=5)
-EMAIL_PROVIDER = "email"  # mails are reported under one name, whoever carried them
 REMEMBERED = 100_000
 REMEMBERED_SECONDS = 3_900.0
 FETCH_SECONDS = 5.0
@@ -253,7 +252,7 @@ class Ses(CallbackPage):
                 if desk.was_told(f"{self.source} {message.message_id}"):
                     return self.done(request, Outcome.REPEATED)
                 try:
-                    report = ses.report_of(message.text, reported_as=EMAIL_PROVIDER)
+                    report = ses.report_of(message.text, reported_as=bounces.REPORTED_AS)
                 except ValueError as error:
                     raise self.malformed(request, f"the message {error}") from None
                 if report is None:

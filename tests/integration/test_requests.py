@@ -22,11 +22,10 @@ from schemas.messages import Command, DecisionRecord, DeliveryReport, Message, N
 from schemas.topics import Lane, requests
 from streams.embedded.stack import Stack
 from streams.tokens import issue
-from streams.unsubscribe import unsubscribe_url
+from streams.unsubscribe import open_token
 from streams.views.pages import install
 from streams.views.requests import MAX_BODY_BYTES, Asking, Rates, install_requests
 from templates.render import Templates
-from tests.deliveries import a_delivery
 from tests.harness import PARTITIONS, System, system, wait_for
 from tests.integration.test_web import TOKEN_KEY, Worker, served
 
@@ -100,9 +99,9 @@ def test_a_providers_call_is_a_record_of_the_topic_of_receipts_when_it_is_answer
 
 def test_the_link_of_a_mail_ends_the_next_one(running: System) -> None:
     running.load_preferences(people("leaver"))
-    settings = running.settings
-    scope = Control(lambda _scope: None, seal_key=settings.seal_key).scope_of("email", "leaver@example.com")
-    link = unsubscribe_url(PUBLIC, settings.token_key, a_delivery("leaver", "left", category="messages"), scope) or ""
+    running.ask("/notifications", a_request("leaver"))
+    scope = Control(lambda _scope: None, seal_key=running.settings.seal_key).scope_of("email", "leaver@example.com")
+    link = wait_for(lambda: leaving(running, scope), seconds=60, what="the mail with its link")
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     assert post_bare(running, link.removeprefix(PUBLIC), b"List-Unsubscribe=One-Click", form) == 200
 
@@ -112,6 +111,17 @@ def test_the_link_of_a_mail_ends_the_next_one(running: System) -> None:
         return [choice.reason for choice in decisions(running, asked)[0].channels if choice.channel == "email"]
 
     wait_for(lambda: reasons() == ["suppressed: unsubscribed"], seconds=30, what="the next one skipped")
+
+
+def leaving(made: System, scope: str) -> str | None:
+    """Return the link of a mail to the address of `scope`, as its header List-Unsubscribe says it; None: there is none yet."""
+    with urllib.request.urlopen(f"{made.stack.mail_http}/api/counts?header=List-Unsubscribe", timeout=30) as answer:
+        links: list[str] = [header.strip("<> ") for header in json.loads(answer.read()) if PUBLIC in header]
+    for link in links:
+        token = link.removeprefix(f"{PUBLIC}/unsubscribe/")
+        if open_token(made.settings.token_key, token, now=datetime.now(UTC)).scope == scope:
+            return link
+    return None
 
 
 # ---- POST /notifications

@@ -108,7 +108,7 @@ def test_senders_killed_in_the_middle_of_their_calls_lose_nothing_on_any_channel
 
 def recipient(message: object) -> str:
     """Return whom a simulator's message went to, whatever the protocol calls it."""
-    for name in ("recipient", "token", "to", "destination"):
+    for name in ("recipient", "recipients", "token"):
         if value := getattr(message, name, None):
             return str(value)
     raise AssertionError(f"{type(message).__name__} names nobody")

@@ -24,7 +24,7 @@ from streams.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS: Final = 15.0
+_TURN_SECONDS: Final = 1.0  # between two looks whether it is our turn
 LONGEST_WAIT_SECONDS: Final = 300.0
 ASIDE: Final = "Not-understood"
 _ANSWER_SECONDS: Final = 30.0
@@ -42,12 +42,12 @@ class Outcome(StrEnum):
 
 
 class BounceReader:
-    """Looks into the mailbox every `poll_seconds` while `is_ours()`: one worker reads, whoever that is at the moment.
+    """Looks into the mailbox every so often while `is_ours()`: one worker reads, whoever that is at the moment.
 
     `publish` returns when a report is durable. `domain`: of our Message-IDs.
     """
 
-    def __init__(  # noqa: PLR0913 - what it needs, each by name
+    def __init__(
         self,
         mailbox: Mailbox,
         *,
@@ -55,29 +55,28 @@ class BounceReader:
         publish: Callable[[DeliveryReport], Awaitable[None]],
         is_ours: Callable[[], bool],
         metrics: Metrics,
-        poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self._mailbox = mailbox
         self._domain = domain
         self._publish = publish
         self._is_ours = is_ours
         self._metrics = metrics
-        self._poll_seconds = poll_seconds
 
     async def run(self) -> None:
         """Read until cancelled. A mailbox that does not answer is asked again, ever more seldom."""
-        wait = self._poll_seconds
+        wait: float = self._mailbox.every_seconds
         while True:
+            pause = _TURN_SECONDS
             if self._is_ours():
                 try:
                     while await self.look() == _BATCH_MAILS:
                         pass
-                    wait = self._poll_seconds
+                    pause = wait = self._mailbox.every_seconds
                 except (OSError, imaplib.IMAP4.error, UnicodeError, ProviderUnavailableError) as error:
                     # its text may quote the server, and so an address
                     log.warning("bounces.unavailable error=%s wait_seconds=%.0f", type(error).__name__, wait)
-                    wait = min(2 * wait, LONGEST_WAIT_SECONDS)
-            await asyncio.sleep(wait)
+                    pause, wait = wait, min(2 * wait, LONGEST_WAIT_SECONDS)
+            await asyncio.sleep(pause)
 
     async def look(self) -> int:
         """Read what is in the mailbox once, at most 50 mails; return how many they were.

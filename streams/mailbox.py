@@ -22,10 +22,11 @@ class Mailbox:
     folder: str
     token_file: Path | None = None  # of an access token for XOAUTH2, read at each login
     ca_file: Path | None = None
+    every_seconds: int = 15
 
 
 def parse_mailbox(text: str) -> Mailbox:
-    """Return the mailbox of a URL: imaps://user:password@host[:port][/folder][?ca_file=…&auth=xoauth2&token_file=…].
+    """Return the mailbox of a URL: imaps://user:password@host[:port][/folder][?every=…&ca_file=…&auth=xoauth2&token_file=…].
 
     Raises ValueError with the rest of a sentence; it quotes nothing.
     """
@@ -38,8 +39,11 @@ def parse_mailbox(text: str) -> Mailbox:
         raise ValueError("is not an imaps URL with a user")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     auth, token_file, ca_file = (options.pop(name, None) for name in ("auth", "token_file", "ca_file"))
+    every = options.pop("every", "15")
     if options or auth not in {None, "xoauth2"} or (auth is None) != (token_file is None):
-        raise ValueError("has options other than ca_file, or auth=xoauth2 without its token_file")
+        raise ValueError("has options other than every and ca_file, or auth=xoauth2 without its token_file")
+    if not every.isdigit() or not 1 <= int(every) <= 3_600:
+        raise ValueError("has an option every that is not from 1 to 3600 seconds")
     folder = unquote(parts.path.removeprefix("/")) or "INBOX"
     if not folder.isascii() or not folder.isprintable() or '"' in folder or "\\" in folder:
         raise ValueError("has a folder that is not plain ASCII")
@@ -52,4 +56,5 @@ def parse_mailbox(text: str) -> Mailbox:
         folder=folder,
         token_file=Path(token_file).expanduser() if token_file else None,
         ca_file=Path(ca_file).expanduser() if ca_file else None,
+        every_seconds=int(every),
     )

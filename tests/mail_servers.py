@@ -63,13 +63,15 @@ class GreenMail:
 
 
 @contextmanager
-def greenmail(keystore: Path | None = None, password: str = "") -> Iterator[GreenMail]:
-    """Run GreenMail on free ports. `keystore`: its certificate and key for TLS, in PKCS #12."""
+def greenmail(keystore: Path | None = None, password: str = "", *, users: str = "") -> Iterator[GreenMail]:
+    """Run GreenMail on free ports. `keystore`: its certificate and key for TLS, in PKCS #12; `users`: local:password@domain, by comma."""
     folder = artifacts.default_cache_dir(os.environ) / "tests"
     (jar,) = artifacts.download([GREENMAIL], folder, progress=lambda _text: None, cancelled=threading.Event())
     found = GreenMail(choose_port(), choose_port(), choose_port())
     options = [f"-Dgreenmail.{name}.hostname=127.0.0.1" for name in ("smtp", "imap", "imaps")]
     options += [f"-Dgreenmail.{name}.port={getattr(found, name)}" for name in ("smtp", "imap", "imaps")]
+    if users:
+        options += [f"-Dgreenmail.users={users}", "-Dgreenmail.users.login=email"]
     if keystore is not None:
         options += [f"-Dgreenmail.tls.keystore.file={keystore}", f"-Dgreenmail.tls.keystore.password={password}"]
     command = [str(artifacts.java()), "-Xmx96m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dgreenmail.auth.disabled", *options]

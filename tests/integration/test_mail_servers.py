@@ -97,7 +97,9 @@ def relay() -> Iterator[Relay]:
 @pytest.fixture
 def mailbox(mailboxes: GreenMail) -> Mailbox:
     """Return a mailbox that nobody used before."""
-    return parse_mailbox(f"imap://bounces-{(number := next(_numbers))}%40x.example:bounces-{number}%40x.example@127.0.0.1:{mailboxes.imap}")
+    return parse_mailbox(
+        f"imap://bounces-{(number := next(_numbers))}%40x.example:bounces-{number}%40x.example@127.0.0.1:{mailboxes.imap}?every=1"
+    )
 
 
 def a_delivery() -> Delivery:
@@ -168,7 +170,6 @@ def reading(mailbox: Mailbox, kafka: Kafka, *, is_ours: Callable[[], bool] = lam
         publish=kafka.publish,
         is_ours=is_ours,
         metrics=metrics or Metrics(Role.SIGNALS),
-        poll_seconds=0.05,
     )
 
 

@@ -128,7 +128,7 @@ def test_a_report_that_nothing_was_sent_for_is_a_dead_letter_after_three_days(ru
     producer = Producer({"bootstrap.servers": running.stack.kafka, "partitioner": "murmur2_random"})
     raw = codec.encode(old)
     read_ms = round((now - timedelta(hours=73)).timestamp() * 1000)
-    producer.produce(running.topic(topics.RECEIPTS), raw, b"smtp nobody@example", timestamp=read_ms)
+    producer.produce(running.topic(topics.RECEIPTS), raw, b"email nobody@example", timestamp=read_ms)
     assert producer.flush(30) == 0
     letter = wait_for(
         lambda: [m for m in running.read(topics.DEAD) if dict(m.headers() or ())["error"] == b"unknown_reference"],
@@ -136,7 +136,7 @@ def test_a_report_that_nothing_was_sent_for_is_a_dead_letter_after_three_days(ru
         what="its dead letter",
     )[0]
     headers = dict(letter.headers() or ())
-    assert (letter.value(), letter.key()) == (raw, b"smtp nobody@example")
+    assert (letter.value(), letter.key()) == (raw, b"email nobody@example")
     assert (headers["topic"], headers["timestamp"]) == (b"receipts", str(read_ms).encode())
 
 

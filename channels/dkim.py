@@ -66,19 +66,24 @@ class Signer:
             raise SettingsError([f"the DKIM key is neither Ed25519 nor RSA of {_LEAST_RSA_BITS} bits and more"])
         self._key = loaded
         self._domain = domain
-        self._selector = selector
+        self.name = f"{selector}._domainkey.{domain}"  # where the DNS has the public half
         self._algorithm = "rsa" if isinstance(loaded, RSAPrivateKey) else "ed25519"
         self._start = f"v=1; a={self._algorithm}-sha256; c=relaxed/relaxed; d={domain}; s={selector};\r\n t=".encode("ascii")
         self._check()
 
     @property
     def record(self) -> str:
-        """What the DNS has to say at `{selector}._domainkey.{domain}`, in a TXT record."""
+        """What the DNS has to say at `name`, in a TXT record."""
         if isinstance(self._key, RSAPrivateKey):
             public = self._key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
         else:
             public = self._key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
         return f"v=DKIM1; k={self._algorithm}; p={base64.b64encode(public).decode('ascii')}"
+
+    def is_published(self, record: str) -> bool:
+        """Say whether `record`, which the DNS has, is our public half: other tags do not matter, nor does white space."""
+        ours, theirs = (dict(tag.partition("=")[::2] for tag in re.sub(r"\s", "", text).split(";")) for text in (self.record, record))
+        return theirs.get("p") == ours["p"] and theirs.get("k", "rsa") == ours["k"]
 
     def sign(self, head: Sequence[Header], body: bytes, *, at: datetime) -> bytes:
         r"""Return the header that signs a mail, ended by \r\n: it goes before all others.

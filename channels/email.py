@@ -83,7 +83,7 @@ def build(config: ProviderConfig, ports: Ports) -> EmailChannel:
     return EmailChannel(
         server_of(config),
         # as the deployment's mails, whoever carries them: the Message-ID must be the same on each way
-        Letterhead(sender, domain=parse_sender(ports.mail_from).domain, signer=_signer(config)),
+        Letterhead(sender, domain=parse_sender(ports.mail_from).domain, signer=signer_of(config)),
         provider=config.name,
         routes=config.routes,
         bounce_domain=config.option("bounce_domain", _domain, None),
@@ -438,7 +438,8 @@ def _until(deadline: float, seconds: float) -> asyncio.Timeout:
     return asyncio.timeout_at(min(deadline, asyncio.get_running_loop().time() + seconds))
 
 
-def _signer(config: ProviderConfig) -> Signer | None:
+def signer_of(config: ProviderConfig) -> Signer | None:
+    """Return what signs the mails of a provider; None: nobody. Reads the key. Raises SettingsError."""
     options = {name: config.options.get(name) for name in ("dkim_domain", "dkim_selector", "dkim_key")}
     if not any(options.values()):
         return None

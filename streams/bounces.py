@@ -111,43 +111,18 @@ class BounceReader:
 
     # ---- in a thread: imaplib blocks
 
-    @contextmanager
-    def _session(self) -> Iterator[imaplib.IMAP4]:
-        mailbox = self._mailbox
-        context = None if mailbox.scheme == "imap" else ssl.create_default_context(cafile=mailbox.ca_file)
-        imap: imaplib.IMAP4
-        if mailbox.scheme == "imaps":
-            imap = imaplib.IMAP4_SSL(mailbox.host, mailbox.port, ssl_context=context, timeout=_ANSWER_SECONDS)
-        else:
-            imap = imaplib.IMAP4(mailbox.host, mailbox.port, timeout=_ANSWER_SECONDS)
-        try:
-            if mailbox.scheme == "imap+starttls":
-                imap.starttls(context)  # raises where it is not offered
-            if mailbox.token_file is None:
-                imap.login(mailbox.user, mailbox.password)
-            else:
-                token = mailbox.token_file.read_text("utf-8").strip()
-                imap.authenticate("XOAUTH2", lambda _challenge: f"user={mailbox.user}\x01auth=Bearer {token}\x01\x01".encode())
-            _check(imap.select(f'"{mailbox.folder}"'))
-            yield imap
-        finally:
-            with suppress(OSError, imaplib.IMAP4.error):
-                imap.logout()
-
     def _fetch(self) -> list[tuple[bytes, bytes]]:
         """Return (UID, mail) of the oldest mails that are neither deleted nor flagged."""
-        with self._session() as imap:
-            (found,) = _check(imap.uid("SEARCH", "UNDELETED", "UNFLAGGED"))
-            uids = (found or b"").split()[:_BATCH_MAILS]
+        with _session(self._mailbox) as imap:
             mails = []
-            for uid in uids:  # one by one: a mail that vanished meanwhile is none, and memory stays small
+            for uid in _unread(imap)[:_BATCH_MAILS]:  # one by one: a mail that vanished meanwhile is none, and memory stays small
                 rows = _check(imap.uid("FETCH", uid.decode(), f"(UID BODY.PEEK[]<0.{_MOST_BYTES}>)"))
                 mails += [(uid, row[1]) for row in rows if isinstance(row, tuple)]
             return mails
 
     def _settle(self, done: Iterable[bytes], aside: Iterable[bytes]) -> None:
         """Remove what is done, and move the others aside, or else flag them."""
-        with self._session() as imap:
+        with _session(self._mailbox) as imap:
             moved = [uid for uid in aside if self._move_aside(imap, uid)]
             gone = b",".join([*done, *moved]).decode()
             if gone:
@@ -166,6 +141,41 @@ class BounceReader:
         if copied != "OK":
             _check(imap.uid("STORE", uid.decode(), "+FLAGS.SILENT", r"(\Flagged)"))
         return copied == "OK"
+
+
+def waiting(mailbox: Mailbox) -> int:
+    """Return how many mails wait to be read. Blocks. Raises OSError, imaplib.IMAP4.error."""
+    with _session(mailbox) as imap:
+        return len(_unread(imap))
+
+
+def _unread(imap: imaplib.IMAP4) -> list[bytes]:
+    (found,) = _check(imap.uid("SEARCH", "UNDELETED", "UNFLAGGED"))
+    uids: list[bytes] = (found or b"").split()
+    return uids
+
+
+@contextmanager
+def _session(mailbox: Mailbox) -> Iterator[imaplib.IMAP4]:
+    context = None if mailbox.scheme == "imap" else ssl.create_default_context(cafile=mailbox.ca_file)
+    imap: imaplib.IMAP4
+    if mailbox.scheme == "imaps":
+        imap = imaplib.IMAP4_SSL(mailbox.host, mailbox.port, ssl_context=context, timeout=_ANSWER_SECONDS)
+    else:
+        imap = imaplib.IMAP4(mailbox.host, mailbox.port, timeout=_ANSWER_SECONDS)
+    try:
+        if mailbox.scheme == "imap+starttls":
+            imap.starttls(context)  # raises where it is not offered
+        if mailbox.token_file is None:
+            imap.login(mailbox.user, mailbox.password)
+        else:
+            token = mailbox.token_file.read_text("utf-8").strip()
+            imap.authenticate("XOAUTH2", lambda _challenge: f"user={mailbox.user}\x01auth=Bearer {token}\x01\x01".encode())
+        _check(imap.select(f'"{mailbox.folder}"'))
+        yield imap
+    finally:
+        with suppress(OSError, imaplib.IMAP4.error):
+            imap.logout()
 
 
 def _check(answer: tuple[str, list[Any]]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import imaplib
 import os
 import smtplib
 import ssl
@@ -21,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from schemas.codec import schema_text
+from schemas.errors import SettingsError
 from streams import provisioning
 from streams.cli import console, kafka, web
 from streams.cli.acls import rights_for
@@ -110,6 +112,8 @@ def examine(settings: Settings, web_url: str) -> Iterator[Check]:
         yield from _guarded("workers", lambda: _workers(admin, metadata, settings))
     yield from _registry(settings)
     yield _mail(settings)
+    yield from _signatures(settings)
+    yield from _bounces(settings)
     yield _web(web_url)
 
 
@@ -331,6 +335,50 @@ def _mail(settings: Settings) -> Check:
     if code != 250:
         return _failed("mail", f"{place} answers EHLO with {code}", "Look at the mail server's log.")
     return Check(part="mail", state=State.PASSED, found=f"{place} answers EHLO")
+
+
+def _signatures(settings: Settings) -> Iterator[Check]:
+    """Look whether the DNS has the public half of each key that signs mails."""
+    signing = [config for config in settings.providers if config.scheme in _PORTS and "dkim_key" in config.options]
+    if not signing:
+        return
+    from dkim import DKIMException  # here: a command that signs nothing need not load it
+    from dkim.dnsplug import get_txt
+
+    from channels.email import signer_of
+
+    for config in signing:
+        part = f"signatures of {config.name}"
+        try:
+            signer = signer_of(config)
+            assert signer is not None
+            record = get_txt(f"{signer.name}.".encode("ascii"), timeout=TIMEOUT_SECONDS)
+        except SettingsError as error:
+            yield _failed(part, "cannot be made", str(error))
+        except DKIMException:
+            yield Check(part=part, state=State.SKIPPED, found="no name server answers")
+        else:
+            if record is not None and signer.is_published(record.decode("ascii", "replace")):
+                yield Check(part=part, state=State.PASSED, found=f"the DNS has the key at {signer.name}")
+            else:
+                found = f"the DNS has {'no' if record is None else 'another'} key at {signer.name}"
+                yield _failed(part, found, f"Publish there, in a TXT record: {signer.record}")
+
+
+def _bounces(settings: Settings) -> Iterator[Check]:
+    mailbox = settings.bounces
+    if mailbox is None:
+        return
+    from streams.bounces import waiting
+
+    place = f"{mailbox.host}:{mailbox.port}"
+    try:
+        count = waiting(mailbox)
+    except (OSError, imaplib.IMAP4.error, UnicodeError) as error:
+        advice = "Start it, or correct NOTIFY_BOUNCES_URL. Until then nobody hears of bounces; they wait in the mailbox."
+        yield _failed("bounces", f"the mailbox at {place} cannot be read ({type(error).__name__})", advice)
+    else:
+        yield Check(part="bounces", state=State.PASSED, found=f"{count} mails wait in the mailbox at {place}")
 
 
 def _web(web_url: str) -> Check:

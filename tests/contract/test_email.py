@@ -557,3 +557,13 @@ async def test_another_client_gets_along_with_the_simulator(certificate: Path) -
     (message,) = peer.messages
     assert (message.id, message.recipients) == ("1@x", ("c@d.example", "e@f.example"))
     assert message.raw == b"Subject: x\r\nMessage-ID: <1@x>\r\n\r\n.\r\n..\r\n"
+
+
+def test_the_dns_has_our_key_or_another(rsa_key: bytes) -> None:
+    signer = Signer("shop.example", "s1", rsa_key)
+    assert signer.name == "s1._domainkey.shop.example"
+    assert signer.is_published(signer.record)
+    assert signer.is_published(signer.record.replace("k=rsa; ", "t=s; ").replace("; ", " ;  "))
+    assert not signer.is_published(signer.record[:-8])
+    assert not signer.is_published("v=spf1 -all")
+    assert not signer.is_published("v=DKIM1; p=")  # revoked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,5 +86,8 @@ def test_a_bounce_and_a_complaint_become_status_and_suppression(running: System)
     assert {order.reason for order in orders} == {Suppression.HARD_BOUNCE, Suppression.COMPLAINT}
     signals = running.workers["signals-a"]
     assert signals.metric("notify_bounces_total", outcome="reported") == 2
+    done = running.notify("doctor", "--json")
+    (check,) = [check for check in json.loads(done.stdout)["checks"] if check["part"] == "bounces"]
+    assert (check["state"], check["found"].partition(" at ")[0]) == ("passed", "0 mails wait in the mailbox")
     for worker in running.workers.values():
         assert "far.example" not in worker.log_text()

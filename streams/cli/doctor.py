@@ -362,7 +362,7 @@ def _signatures(settings: Settings) -> Iterator[Check]:
                 yield Check(part=part, state=State.PASSED, found=f"the DNS has the key at {signer.name}")
             else:
                 found = f"the DNS has {'no' if record is None else 'another'} key at {signer.name}"
-                yield _failed(part, found, f"Publish there, in a TXT record: {signer.record}")
+                yield _failed(part, found, f'Publish "{signer.record}" there, in a TXT record')
 
 
 def _bounces(settings: Settings) -> Iterator[Check]:

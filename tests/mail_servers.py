@@ -108,9 +108,15 @@ def postfix(*, relay_to: int, aliases: dict[str, str]) -> Iterator[int]:
                 assert process.poll() is None, f"Postfix ended: {process.stdout.read() if process.stdout else ''!r}"
                 yield port
             finally:
+                # ending `start-fg` alone would leave the master behind, which is no child of ours
+                pid_file = folder / "spool" / "pid" / "master.pid"
+                master = pid_file.read_text().strip() if pid_file.exists() else "none"
+                subprocess.run([str(POSTFIX_PROGRAM), "-c", str(folder / "etc"), "abort"], check=False, capture_output=True, timeout=30)
                 process.terminate()
                 process.wait(10)
-                print((folder / "log").read_text()[-4000:] if (folder / "log").exists() else "Postfix wrote no log")
+                wait_for(lambda: not Path("/proc", master).exists(), seconds=10, what="Postfix ended")
+                if (folder / "log").exists():
+                    print((folder / "log").read_text()[-4000:])  # shown where a test failed
     finally:
         shutil.rmtree(folder)
 

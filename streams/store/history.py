@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import Select, select, tuple_
+from sqlalchemy import Select, func, select, tuple_
 
 from agents.inbox import Notification, Shelf, moment_of
 from schemas.errors import DatabaseUnavailableError
@@ -47,6 +47,27 @@ class History:
         wanted = wanted.order_by(columns.created_at.desc(), columns.notification_id.desc()).offset(offset).limit(limit)
         # two absurd user ids may be cut to the same text
         return [each for each in await self._rows(wanted) if each[1].user_id == user_id]
+
+    async def unread(self, user_id: str, *, upto: tuple[int, str]) -> int:
+        """Return how many unread ones of a user's inbox are at (milliseconds, notification id) or after it in its order.
+
+        Raises DatabaseUnavailableError.
+        """
+        columns = NOTIFICATION.c
+        place: tuple[datetime, str] = (moment_of(upto[0]), upto[1])
+        wanted = (
+            select(func.count())
+            .select_from(NOTIFICATION)
+            .where(columns.user_id == clean(user_id), columns.shelf == _SHELF, ~columns.is_read)
+            .where(tuple_(columns.created_at, columns.notification_id) <= place)
+        )
+        try:
+            async with self._database.begin() as connection:
+                return int((await connection.execute(wanted)).scalar_one())
+        except DatabaseUnavailableError as error:
+            if error.state == _NO_TABLE:
+                return 0
+            raise
 
     async def find(self, notification_id: str) -> Notification | None:
         """Return a notification by its id, None when there is none. Raises DatabaseUnavailableError."""

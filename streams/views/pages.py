@@ -115,7 +115,7 @@ def install(app: faust.App, context: WebContext) -> None:
     application = application_of(app)
     application[SITE] = Site(context=context, queries=queries, proxy=proxy)
     application.cleanup_ctx.append(proxy.connected)
-    _install(app, context, (Index, Live, Ready, Metrics, UserNotifications, Details, Read, Trail))
+    _install(app, context, (Index, Live, Ready, Metrics, UserNotifications, Unread, Details, Read, Trail))
 
 
 def _install(app: faust.App, context: OperationsContext, pages: tuple[type[Page], ...]) -> None:
@@ -263,6 +263,25 @@ class UserNotifications(Page):
             query = {**{name: value for name, value in request.query.items() if name != "offset"}, "cursor": page.next.encode()}
             answer.headers["Link"] = f'<{request.rel_url.with_query(query)}>; rel="next"'
         return answer
+
+
+class Unread(Page):
+    """How many notifications a user has not read."""
+
+    view_name, view_path = "unread", f"/users/{USER_ID}/unread"
+    about = "how many notifications of a user's inbox are unread"
+
+    async def get(self, request: web.Request, user_id: str) -> web.Response:
+        """Answer with `userId`, `unread`, and `isWhole`: false where older ones could not be counted."""
+        site, caller = request.app[SITE], caller_of(request)
+        if len(user_id) > MAX_USER_ID_CHARACTERS:
+            raise bad_parameter("userId", f"1 to {MAX_USER_ID_CHARACTERS} characters")
+        if not caller.may_see(user_id):
+            raise ProblemError(ProblemType.NOT_FOUND, "there is no such inbox")
+        try:
+            return json_answer(await site.queries.unread(user_id))
+        except ElsewhereError as elsewhere:
+            return await site.proxy.forward(request, elsewhere.partition)
 
 
 class NotificationPage(Page):

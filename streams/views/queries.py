@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
@@ -31,12 +32,15 @@ class Tables(Protocol):
 
 
 class History(Protocol):
-    """What is older than the tables keep. Both raise DatabaseUnavailableError."""
+    """What is older than the tables keep. Each raises DatabaseUnavailableError."""
 
     async def page(
         self, user_id: str, *, only_unread: bool, before: tuple[int, str] | None, offset: int, limit: int
     ) -> list[tuple[str, Notification]]:
         """Return (notification id, row) of a user's inbox in its order; `before`: only what comes after this place."""
+
+    async def unread(self, user_id: str, *, upto: tuple[int, str]) -> int:
+        """Return how many unread ones of a user's inbox are at this place or after it."""
 
     async def find(self, notification_id: str) -> Notification | None:
         """Return a notification by its id."""
@@ -136,6 +140,24 @@ class Queries:
         key = await self.key_of(user_id) if page else None
         last = Cursor(page[-1].row.place[1], page[-1].notification_id) if page and has_more else None
         return Page(answer={"userId": user_id, "notifications": [_summary(each, key) for each in page]}, next=last)
+
+    async def unread(self, user_id: str) -> Answer:
+        """Return how many notifications of a user's inbox are unread. A function of the set of reads, however they came.
+
+        `isWhole` false: there are older ones, and nobody could be asked about them. Raises ElsewhereError.
+        """
+        partition = partition_of(user_id.encode(), self.partitions)
+        inbox = Inbox.decode(self._shard(INBOX, partition).get(user_id.encode()))
+        rows = self._shard(NOTIFICATIONS, partition)
+        edge = inbox.whole_after
+        listed = [Cursor(*each) for each in inbox.listed() if edge is None or each > edge]
+        count = len(_shown(rows, listed, Show.UNREAD, 0, len(listed)))
+        is_whole = edge is None
+        if edge is not None and self.history is not None:
+            with suppress(DatabaseUnavailableError):
+                count += await self.history.unread(user_id, upto=edge)
+                is_whole = True
+        return {"userId": user_id, "unread": count, "isWhole": is_whole}
 
     async def _older(self, user_id: str, *, show: Show, limit: int, offset: int, before: Cursor | None) -> list[Found]:
         """Return a page from PostgreSQL. Raises BeyondTablesError."""

@@ -330,6 +330,8 @@ def test_250_notifications_are_paged_through_with_and_without_a_cursor(world: Sy
     assert page(world, f"{inbox}?limit=50&offset=200")[2] is None
     unread = [an_id(f"e{number}", "user-1") for number in range(count) if number % 2]
     assert ids_of(page(world, f"{inbox}?status=unread&limit=200")[1]) == [each for each in newest_first if each in unread]
+    # counted across the table's end
+    assert world.web("/users/user-1/unread")[1] == {"userId": "user-1", "unread": len(unread), "isWhole": True}
 
     # a new one moves offsets, not cursors
     _, first, following = page(world, f"{inbox}?limit=100")

@@ -289,6 +289,29 @@ async def test_the_inbox_is_filtered_and_paged(site: Site) -> None:
     assert await listed("?offset=10000&limit=200") == []
 
 
+async def test_unread_counts_are_right_however_reads_come(site: Site) -> None:
+    for number in range(5):
+        site.worker.delivered(f"e{number}", minute=number)
+
+    async def unread() -> object:
+        return (await site.ask(f"/users/{USER}/unread")).json
+
+    assert await unread() == {"userId": USER, "unread": 5, "isWhole": True}
+    # a read, again, one that was made before it, an unread between the two, a read of another: late and out of order
+    for engagement, event, minute in (
+        (Engagement.READ, "e3", 9),
+        (Engagement.READ, "e3", 9),
+        (Engagement.READ, "e3", 3),
+        (Engagement.UNREAD, "e3", 5),
+        (Engagement.READ, "e1", 2),
+    ):
+        site.worker.engaged(engagement, event=event, minute=minute)
+    assert await unread() == {"userId": USER, "unread": 3, "isWhole": True}
+    site.worker.engaged(Engagement.UNREAD, event="e3", minute=10)
+    assert await unread() == {"userId": USER, "unread": 4, "isWhole": True}
+    assert_problem(await site.ask("/users/somebody-else/unread"), 404, "not-found")
+
+
 async def test_an_inbox_nobody_wrote_to_is_empty(site: Site) -> None:
     reply = await site.ask(f"/users/{USER}/notifications")
 
@@ -562,6 +585,7 @@ async def test_the_index_lists_every_page(site: Site) -> None:
         ("GET", "/health/ready"),
         ("GET", "/metrics"),
         ("GET", "/users/{userId}/notifications"),
+        ("GET", "/users/{userId}/unread"),
         ("GET", "/notifications/{notificationId}"),
         ("POST", "/notifications/{notificationId}/read"),
         ("GET", "/notifications/{notificationId}/trail"),

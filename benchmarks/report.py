@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, growth, latency, pipeline, profiling, push, recovery, sms, state, throughput
+from benchmarks import email, figures, growth, latency, pipeline, profiling, push, recovery, sms, state, throughput
 from benchmarks.figures import TO
 from benchmarks.laboratory import ROOT
 
@@ -22,6 +22,7 @@ SECTIONS: dict[str, tuple[str, Describe]] = {
     "4": (latency.TITLE, latency.describe),
     "5": (growth.TITLE, growth.describe),
     "6": (state.TITLE, state.describe),
+    "7": (email.TITLE, email.describe),
     "8": (sms.TITLE, sms.describe),
     "9": (push.TITLE, push.describe),
     "profile": (profiling.TITLE, profiling.describe),

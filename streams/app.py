@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -104,6 +105,8 @@ _CONTROLLED_ROLES = _SENDERS | {Role.ROUTER, Role.SIGNALS}
 _FOLLOWED = {topics.KEYS: _KEYED_ROLES, topics.CONTROL: _CONTROLLED_ROLES}
 _POOL_THREADS = 64
 _START_RETRY_SECONDS = 2.0
+_START_PATIENCE_SECONDS = 30.0
+_START_PAUSE_SECONDS = 0.2
 
 
 class Foreign(NamedTuple):
@@ -251,16 +254,20 @@ class Worker(NotifyApp):
     def _check_rights(self) -> None:
         """Raise SettingsError when Kafka does not answer, or does not grant what the role needs. Blocks."""
         look = partial(missing, self.cluster, rights_of(self.role, self.settings.env), self.settings.env)
-        try:
+        deadline = time.monotonic() + _START_PATIENCE_SECONDS
+        while True:
             try:
                 lacking = look()
-            except KafkaException:
+                break
+            except KafkaException as error:
+                # a broker that has just started answers before it knows its groups
+                if time.monotonic() > deadline:
+                    raise SettingsError([why_unreachable(self.cluster)]) from error
+            try:
                 ask(self.cluster)
-                lacking = look()  # it answers, and was only slow
-        except UnreachableError as error:
-            raise SettingsError([str(error)]) from error
-        except KafkaException as error:
-            raise SettingsError([why_unreachable(self.cluster)]) from error
+            except UnreachableError as error:
+                raise SettingsError([str(error)]) from error
+            time.sleep(_START_PAUSE_SECONDS)
         if lacking:
             raise SettingsError([sentence(lacking, who=self.cluster.security.shown, role=self.role)])
 

@@ -66,7 +66,7 @@ def _measure(names: list[str], peers: list[str], sizes: Sizes, raw: Path | None)
         "4": latency.measure,
         "5": growth.measure,
         "6": state.measure,
-        "7": lambda _lab, sizes, say: email.measure(sizes.mails, sizes.repetitions, tuple(email.PROGRAMS), say),
+        "7": lambda lab, sizes, say: email.measure(lab, sizes.mails, sizes.repetitions, tuple(email.PROGRAMS), say),
         "8": lambda _lab, sizes, say: sms.measure(sizes.provider_messages, sizes.repetitions, say),
         "9": lambda _lab, sizes, say: push.measure(sizes.provider_messages, sizes.repetitions, say),
         "profile": profiling.measure,

@@ -1,4 +1,4 @@
-"""Mails a second: our channel against its peers on the same sink, `python -m benchmarks.email [--mails 6000] [--repetitions 3]`.
+"""Mails a second: ours against its peers on the same sink, `python -m benchmarks.email [--mails 6000] [--repetitions 3]`.
 
 Each program composes and sends the same mails (headers, text and HTML, no attachment), alone on its core; the sink, in a
 process of its own on the others, takes them faster than any of them sends and notes when it accepted each. A run counts from
@@ -6,7 +6,8 @@ its first mail accepted to its last; an incomplete one, or one with a mail twice
 
 | program     | what it is                                                                                       |
 |-------------|--------------------------------------------------------------------------------------------------|
-| ours        | `channels.email`, 32 calls at once                                                               |
+| topic       | a sender, end to end: sealed deliveries on Kafka, intents and outcomes in transactions           |
+| ours        | `channels.email` alone, 32 calls at once                                                         |
 | signed      | the same with DKIM, RSA of 2048 bits                                                             |
 | pool        | EmailMessage, and 32 kept connections of aiosmtplib on uvloop                                    |
 | pool-signed | the same, signed by dkimpy                                                                       |
@@ -30,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from email.utils import format_datetime
@@ -45,18 +46,25 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from benchmarks.figures import figure, ratio, table, tenth, times, verdict, whole
-from benchmarks.laboratory import PYTHON, ROOT, BenchmarkError, Cores, wait_for
-from benchmarks.system import accepted_by, is_listening
+from benchmarks.laboratory import PYTHON, ROOT, BenchmarkError, Cores, Laboratory, laboratory, wait_for
+from benchmarks.system import accepted_by, is_listening, system
 from channels.config import smtp_provider
 from channels.dkim import Signer
 from channels.email import EmailChannel, server_of
 from channels.mime import Letterhead, parse_sender
 from schemas.messages import Content, Delivery
+from schemas.status import Status
 from streams.embedded.processes import choose_port
+from streams.roles import Role
 
 TITLE: Final = "E-mail: mails a second to a sink"
 OURS: Final = "ours"
+TOPIC: Final = "topic"
 AT_ONCE: Final = 32
+# of the sender: a call's place is free again when its end is in Kafka, and not when the server has answered
+OPEN: Final = 512
+USERS: Final = 1_000
+_TOPIC_SECONDS: Final = 300.0
 WARM_UP: Final = 200
 SENDER: Final = "FlowMart <no-reply@flowmart.example>"
 _NOW: Final = datetime.now(UTC)
@@ -188,17 +196,18 @@ def _private_key() -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What is measured. `share`: of the mails, of what is slow; `target`: how many times faster `against` is to be."""
+    """What is measured. `run` None: it needs Kafka. `share`: of the mails, of what is slow; `target`: how many times it `against` does."""
 
     label: str
-    run: Callable[[int, int], None]
+    run: Callable[[int, int], None] | None
     share: float = 1.0
     target: float | None = None
-    against: str | None = OURS
+    against: str | None = TOPIC
 
 
 PROGRAMS: Final[dict[str, Program]] = {
-    OURS: Program("our channel", ours, against=None),
+    TOPIC: Program("a sender, from the delivery topic on", None, against=None),
+    OURS: Program("our channel alone, 32 calls at once", ours),
     "pool": Program("EmailMessage, pool of aiosmtplib", pool, share=0.25, target=8.0),
     "celery": Program("Celery, a connection kept", lambda port, mails: celery(port, mails, is_kept=True), share=0.25, target=20.0),
     "celery-new": Program("Celery, a connection a mail", lambda port, mails: celery(port, mails, is_kept=False), share=0.25, target=20.0),
@@ -228,8 +237,35 @@ def sink(cores: Cores) -> Iterator[tuple[int, int]]:
             process.kill()
 
 
-def run(name: str, mails: int, cores: Cores) -> dict[str, float]:
+def run(lab: Laboratory, name: str, mails: int) -> dict[str, float]:
     """Run a program once. Returns mails a second, and CPU microseconds a mail of all its processes."""
+    program = PROGRAMS[name]
+    at, spent = _from_topic(lab, mails) if program.run is None else _alone(lab.cores, name, mails)
+    if len(at) != mails:
+        raise BenchmarkError(f"{name} sent {len(at)} of {mails} mails")
+    first = WARM_UP if mails > 2 * WARM_UP else 0
+    return {"mails_per_second": (len(at) - 1 - first) / (at[-1] - at[first]), "cpu_us_per_mail": spent / mails * 1e6}
+
+
+def _from_topic(lab: Laboratory, mails: int) -> tuple[list[float], float]:
+    """Let a sender work a backlog off. Returns when each mail was accepted, in order, and the sender's CPU seconds."""
+    with system(lab) as running, lab.broker_apart():
+        lab.cores.keep_off(running.sink.process.pid)
+        running.load_mails((replace(a_delivery(number), user_id=f"u-{number % USERS}"), a_content(number)) for number in range(mails))
+        running.start(Role.SENDER_NORMAL, is_pinned=True, NOTIFY_MAX_OPEN_ATTEMPTS=str(OPEN))
+        sender = running.workers[Role.SENDER_NORMAL]
+        wait_for(
+            # that the outcomes are recorded is part of the work
+            lambda: sender.metric("notify_deliveries_total", outcome=Status.SENT) >= mails,
+            seconds=_TOPIC_SECONDS,
+            what=f"the sender has sent {mails} mails",
+            every_seconds=0.5,
+        )
+        return sorted(running.accepted().values()), sender.cpu_seconds()
+
+
+def _alone(cores: Cores, name: str, mails: int) -> tuple[list[float], float]:
+    """Run a program that needs nothing but the sink. Returns when each mail was accepted, in order, and its CPU seconds."""
     with sink(cores) as (port, ask), tempfile.TemporaryFile() as log:
         command = cores.pinned([PYTHON, "-W", "ignore", "-m", "benchmarks.email", "--as", name, "--port", str(port), "--mails", str(mails)])
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -249,22 +285,21 @@ def run(name: str, mails: int, cores: Cores) -> dict[str, float]:
                     process.kill()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         at = sorted(accepted_by(ask).values())
-        log.seek(0)
         if len(at) != mails:
+            log.seek(0)
             raise BenchmarkError(f"{name} sent {len(at)} of {mails} mails:\n{log.read()[-2000:].decode()}")
-    first = WARM_UP if mails > 2 * WARM_UP else 0
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"mails_per_second": (len(at) - 1 - first) / (at[-1] - at[first]), "cpu_us_per_mail": spent / mails * 1e6}
+    return at, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def measure(mails: int, repetitions: int, names: Sequence[str], say: Callable[[str], None]) -> dict[str, list[dict[str, float]]]:
+def measure(
+    lab: Laboratory, mails: int, repetitions: int, names: Sequence[str], say: Callable[[str], None]
+) -> dict[str, list[dict[str, float]]]:
     """Run each program once a repetition, in rotating order."""
-    cores = Cores.of_this_machine()
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for repetition in range(repetitions):
         turn = repetition % len(names)
         for name in [*names[turn:], *names[:turn]]:
-            found[name].append(run(name, max(WARM_UP, int(mails * PROGRAMS[name].share)), cores))
+            found[name].append(run(lab, name, max(WARM_UP, int(mails * PROGRAMS[name].share))))
             say(f"{repetition + 1}/{repetitions} {PROGRAMS[name].label}: {found[name][-1]['mails_per_second']:,.0f} mails/s")
     return found
 
@@ -304,10 +339,17 @@ def main(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Measure, and print a table."""
     if program is not None:
-        PROGRAMS[program].run(port, mails)
+        alone = PROGRAMS[program].run
+        assert alone is not None
+        alone(port, mails)
         return
     began = time.monotonic()
-    found = measure(mails, repetitions, only.split(","), lambda text: print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True))
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True)
+
+    with laboratory(say) as lab:
+        found = measure(lab, mails, repetitions, only.split(","), say)
     if results is not None:
         results.write_text(json.dumps(found) + "\n", "utf-8")
     print(f"\n# {TITLE}\n\n{describe(found)}")

@@ -60,6 +60,11 @@ class Cores:
         """Return `command` on the program's core."""
         return [*command] if self.program is None else ["taskset", "-c", str(self.program), *command]
 
+    def keep_off(self, pid: int) -> None:
+        """Keep a process that runs already off the program's core."""
+        if self.broker is not None:
+            _move(pid, self.broker)
+
 
 def wait_for(condition: Callable[[], T | None], *, seconds: float, what: str, every_seconds: float = 0.05) -> T:
     """Return the first true value of `condition`. Raises BenchmarkError after `seconds`, saying what did not happen."""
@@ -112,16 +117,11 @@ class Laboratory:
             yield
             return
         everywhere = frozenset(os.sched_getaffinity(0))
-        self._move_broker(self.cores.broker)
+        self.cores.keep_off(self.broker_pid)
         try:
             yield
         finally:
-            self._move_broker(everywhere)
-
-    def _move_broker(self, cores: frozenset[int]) -> None:
-        for thread in Path(f"/proc/{self.broker_pid}/task").glob("*"):
-            with contextlib.suppress(OSError):  # it has ended
-                os.sched_setaffinity(int(thread.name), cores)
+            _move(self.broker_pid, everywhere)
 
     # ---- topics
 
@@ -265,6 +265,12 @@ class Laboratory:
         """Return the settings of a worker of `role`."""
         folder = self.folder / f"data-{env}-{role}"
         return {**self.settings, "NOTIFY_ENV": env, "NOTIFY_ROLE": role, "NOTIFY_DATA_DIR": str(folder), **more}
+
+
+def _move(pid: int, cores: frozenset[int]) -> None:
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):  # it has ended
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def outside() -> dict[str, str]:

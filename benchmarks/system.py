@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,9 +20,11 @@ from confluent_kafka import Producer
 from agents import stock
 from benchmarks.laboratory import PARTITIONS, PYTHON, ROOT, BenchmarkError, Laboratory, in_cluster, outside, tail, wait_for
 from schemas import producing, topics
-from schemas.codec import Codec
+from schemas.codec import Codec, pack
 from schemas.ids import partition_of
-from schemas.messages import NotificationRequested, Origin, StockLevel, Watch
+from schemas.messages import Content, Delivery, NotificationRequested, Origin, StockLevel, UserKey, Watch
+from schemas.sealed import KEY_BYTES, seal, wrap
+from schemas.topics import Channel, Lane
 from streams.cli.wire import Wire
 from streams.embedded.processes import choose_port
 from streams.roles import Role
@@ -105,18 +107,19 @@ class System:
         wait_for(lambda: is_listening(ask), seconds=_SINK_SECONDS, what=f"the sink listens\n{tail(sink.log)}")
         return sink
 
-    def start(self, *roles: Role) -> None:
-        """Start a worker for each role and wait until all are ready."""
+    def start(self, *roles: Role, is_pinned: bool = False, **more: str) -> None:
+        """Start a worker for each role and wait until all are ready. `is_pinned`: on the program's core; `more`: settings."""
         taken = [worker.port for worker in self.workers.values()]
         for role in roles:
             port = choose_port(taken=taken)
             taken.append(port)
             variables = self.lab.worker_variables(
-                role, env=self.name, NOTIFY_WEB_PORT=str(port), NOTIFY_SMTP_URL=self.smtp_url, NOTIFY_WORKER_NAME=f"{role}-a"
+                role, env=self.name, NOTIFY_WEB_PORT=str(port), NOTIFY_SMTP_URL=self.smtp_url, NOTIFY_WORKER_NAME=f"{role}-a", **more
             )
             if role is Role.STORE and self.lab.postgres is not None:
                 variables["NOTIFY_POSTGRES_URL"] = self.lab.postgres.make_database(self.name)
             command = [PYTHON, "-m", "faust", "-A", "streams.app", "worker", "-l", "warn"]
+            command = self.lab.cores.pinned(command) if is_pinned else command
             self.workers[role] = self._spawn(role, command, {**outside(), **variables}, port=port)
         for role in roles:
             wait_for(self.workers[role].is_ready, seconds=_READY_SECONDS, what=f"{role} is ready\n{tail(self.workers[role].log)}")
@@ -189,6 +192,22 @@ class System:
             origin=Origin(topic=topics.INVENTORY, partition=0, offset=0),
         )
         self.lab.fill(in_cluster(topics.STOCK, self.name), [(product.encode(), self._codec(topics.STOCK).encode(level))])
+
+    def load_mails(self, mails: Iterable[tuple[Delivery, Content]]) -> None:
+        """Publish mails as the router does, sealed with keys of their users that are published too."""
+        at, key = datetime.now(UTC), bytes(range(KEY_BYTES))
+        codec = self._codec(topics.deliver(Channel.EMAIL, Lane.NORMAL))
+        rows: list[tuple[bytes, bytes]] = []
+        users: set[str] = set()
+        for delivery, content in mails:
+            user = delivery.user_id
+            users.add(user)
+            sealed = seal(key, pack(content), user_id=user, purpose="content")
+            rows.append((user.encode(), codec.encode(replace(delivery, sealed=sealed))))
+        codec = self._codec(topics.KEYS)
+        keys = (UserKey(user_id=user, wrapped=wrap(self._settings.seal_key, key, user_id=user), created_at=at) for user in users)
+        self.lab.fill(in_cluster(topics.KEYS, self.name), ((each.user_id.encode(), codec.encode(each)) for each in keys))
+        self.lab.fill(in_cluster(topics.deliver(Channel.EMAIL, Lane.NORMAL), self.name), rows)
 
     def _codec(self, topic: str) -> Codec:
         with Wire(self._settings) as wire:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from typing import TypeVar
@@ -50,14 +51,21 @@ class Simulated:
         """Return what a simulator took."""
         return self.on_loop(lambda: list(self._simulators[name].messages))
 
+    def taken(self, name: str) -> int:
+        """Return how many messages a simulator took, of those that it remembers."""
+        return self.on_loop(lambda: len(self._simulators[name].messages))
+
     def await_messages(self, name: str, count: int, *, seconds: float) -> None:
         """Wait until a simulator took so many."""
-        wait_for(lambda: len(self.messages(name)) >= count, seconds=seconds, what=f"{count} messages at {name}")
+        wait_for(lambda: self.taken(name) >= count, seconds=seconds, what=f"{count} messages at {name}")
 
 
 @contextmanager
-def simulated(*names: str, script: Script | None = None) -> Iterator[Simulated]:
-    """Run simulators on any free ports until the end. `smtp:b` is a second one of the kind `smtp`."""
+def simulated(*names: str, script: Script | None = None, kept: int | None = None) -> Iterator[Simulated]:
+    """Run simulators on any free ports until the end. `smtp:b` is a second one of the kind `smtp`.
+
+    `kept`: so many messages are remembered, where what a simulator keeps by itself is not enough.
+    """
     ready: threading.Event = threading.Event()
     made: list[Simulated | BaseException] = []
     stop: list[asyncio.Event] = []
@@ -71,6 +79,9 @@ def simulated(*names: str, script: Script | None = None) -> Iterator[Simulated]:
                     name: await running.enter_async_context(build_simulator(name.partition(":")[0], script=script or Script(), port=0))
                     for name in names
                 }
+                if kept is not None:
+                    for simulator in simulators.values():
+                        simulator.messages = deque(maxlen=kept)  # type: ignore[misc]  # of every simulator that anybody asks this of
                 made.append(Simulated(simulators, loop))
                 ready.set()
                 await stop[0].wait()

@@ -13,7 +13,9 @@ from confluent_kafka import KafkaException
 from streams.gateways import Gateway
 from streams.runner import Runner
 from streams.sending import SendingShard
-from streams.transport.admin import offset_bounds
+from streams.transport.admin import offset_bounds, open_ends
+from streams.transport.cluster import leave
+from streams.transport.writer import TRANSACTION_TIMEOUT_MS
 from streams.views.pages import Health
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,9 @@ HALTED_ADVICE = (
 )
 # an input with lag whose watermark has not moved for so long is stuck
 STUCK_SECONDS = 60.0
+# the broker aborts what is open for TRANSACTION_TIMEOUT_MS; what stays open so much longer it has forgotten (ADR 12)
+ORPHANED_SECONDS = 3 * TRANSACTION_TIMEOUT_MS / 1000
+LOOK_AT_OPEN_EVERY_SECONDS = 15.0
 
 
 class HealthWatch:
@@ -35,6 +40,8 @@ class HealthWatch:
         self._lag: dict[tuple[str, int], int] = {}
         self._moved: dict[tuple[str, int], tuple[int, float]] = {}
         self._said_at: dict[str, float] = {}
+        self._open: dict[tuple[str, int], tuple[int, float]] = {}  # where the first open transaction begins, and since when
+        self._looked_at_open = -math.inf
 
     async def watch(self) -> None:
         """Look until cancelled."""
@@ -42,6 +49,7 @@ class HealthWatch:
             self._look_at_halted()
             try:
                 await self.look()
+                await self._look_at_open()
             except KafkaException as error:
                 log.warning("lag.unknown error=%s", error.args[0])
             await asyncio.sleep(LOOK_EVERY_SECONDS)
@@ -81,6 +89,21 @@ class HealthWatch:
         for table, count in rows.items():
             tools.metrics.table_rows.labels(table).set(count)
         self._look_at_waiting()
+
+    async def _look_at_open(self) -> None:
+        """Leave when a transaction of ours stays open without anybody working on it: whoever starts in our place ends it."""
+        now = time.monotonic()
+        if now - self._looked_at_open < LOOK_AT_OPEN_EVERY_SECONDS:
+            return
+        self._looked_at_open = now
+        tools = self._runner.tools
+        places = [(topic, shard.partition) for shard in list(self._runner.shards.values()) for topic in shard.changelogs.values()]
+        found = await tools.in_thread(open_ends, tools.cluster, places)
+        known = {place: since for place, (offset, since) in self._open.items() if found.get(place) == offset}
+        self._open = {place: (offset, known.get(place, now)) for place, offset in found.items()}
+        for (topic, partition), (offset, since) in self._open.items():
+            if now - since > ORPHANED_SECONDS:
+                leave(f"a transaction in {topic} partition {partition} from offset {offset} on has no end, and nobody works on it")
 
     def _look_at_halted(self) -> None:
         now = time.monotonic()

@@ -1,7 +1,9 @@
 """A step that counts records by key, on the product's own runner: the smallest thing whose every mistake shows.
 
 Output `value:n` for the n-th record of a key. Values that begin with `bug` raise, with `large` become too large for the
-output topic, with `slow` take 20 ms. TALLY_FAULT=`<point>:<n>` kills the worker at the n-th passage of a point.
+output topic, with `slow` take 20 ms. TALLY_FAULT=`<point>:<n>` kills the worker at the n-th passage of a point;
+TALLY_SENT_SECONDS is how long it waits before, so that what the transaction wrote so far has reached the broker, and
+TALLY_TIMEOUT_MS how long the broker waits for the end of a transaction.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from streams.runner import Input, Tools
 from streams.settings import WORKER_NEEDS, Settings
 from streams.topics import DEAD_MAX_BYTES, TopicSpec
 from streams.topology import Step
+from streams.transport import writer
 from streams.transport.records import Record
 
 READS = ("tally.urgent", "tally.in")
@@ -68,6 +71,7 @@ def fault(spec: str) -> Callable[[str], None]:
         if name == point:
             left -= 1
             if left == 0:
+                time.sleep(float(os.environ.get("TALLY_SENT_SECONDS", "0")))
                 os.kill(os.getpid(), signal.SIGKILL)
 
     return passed
@@ -88,6 +92,7 @@ def tune(tools: Tools) -> None:
 
 
 def make() -> Worker:
+    writer.TRANSACTION_TIMEOUT_MS = int(os.environ.get("TALLY_TIMEOUT_MS", writer.TRANSACTION_TIMEOUT_MS))
     settings = Settings.from_env({k: v for k, v in os.environ.items() if k.startswith("NOTIFY_")}, needs=WORKER_NEEDS)
     return build_app(settings, Plan(steps=(STEP,), topics=TOPICS, inputs=inputs, tune=tune))
 

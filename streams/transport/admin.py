@@ -71,6 +71,30 @@ def offset_bounds(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[t
     return patiently(partial(_offset_bounds, cluster, places))
 
 
+def open_ends(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """Return where the first transaction begins that has no end yet, for each (topic, partition) with one. Raises KafkaException."""
+    if not places:
+        return {}
+    return patiently(partial(_open_ends, cluster, places))
+
+
+def _open_ends(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    admin = AdminClient(cluster.config())
+    # the stable end first: what is written meanwhile looks open, and what ends meanwhile too, but nothing open looks ended
+    latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]  # upstream has no types here
+    stable = _list_offsets(admin, places, latest, IsolationLevel.READ_COMMITTED)
+    ends = _list_offsets(admin, places, latest, IsolationLevel.READ_UNCOMMITTED)
+    return {place: offset for place, offset in stable.items() if offset < ends[place]}
+
+
+def _list_offsets(
+    admin: AdminClient, places: Sequence[tuple[str, int]], what: OffsetSpec, level: IsolationLevel
+) -> dict[tuple[str, int], int]:
+    asked = dict.fromkeys([TopicPartition(topic, partition) for topic, partition in places], what)
+    found = admin.list_offsets(asked, isolation_level=level, request_timeout=_TRY_SECONDS)
+    return {(tp.topic, tp.partition): future.result().offset for tp, future in found.items()}
+
+
 def patiently(ask: Callable[[], T], *, seconds: float = _CALL_SECONDS) -> T:
     """Return what `ask` answers, again and again for `seconds` while the cluster is only between two states. Raises KafkaException."""
     deadline = time.monotonic() + seconds
@@ -88,13 +112,10 @@ def _offset_bounds(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[
     # A new client each time: it learns who leads now. One that waits for a leader that is gone does so until its time is up,
     # and librdkafka 2.16 meanwhile connects to it thousands of times a second
     admin = AdminClient(cluster.config())
-    tps = [TopicPartition(topic, partition) for topic, partition in places]
-    level = IsolationLevel.READ_COMMITTED
     earliest, latest = cast("list[OffsetSpec]", [OffsetSpec.earliest(), OffsetSpec.latest()])  # type: ignore[no-untyped-call]  # upstream has no types here
-    first = admin.list_offsets(dict.fromkeys(tps, earliest), isolation_level=level, request_timeout=_TRY_SECONDS)
-    last = admin.list_offsets(dict.fromkeys(tps, latest), isolation_level=level, request_timeout=_TRY_SECONDS)
-    ends = {(tp.topic, tp.partition): future.result().offset for tp, future in last.items()}
-    return {(tp.topic, tp.partition): (future.result().offset, ends[(tp.topic, tp.partition)]) for tp, future in first.items()}
+    first = _list_offsets(admin, places, earliest, IsolationLevel.READ_COMMITTED)
+    last = _list_offsets(admin, places, latest, IsolationLevel.READ_COMMITTED)
+    return {place: (offset, last[place]) for place, offset in first.items()}
 
 
 def committed_offsets(cluster: Cluster, group: str, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:

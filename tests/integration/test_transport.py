@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +152,22 @@ def test_a_worker_outlives_the_broker(tally: System, stack: Stack) -> None:
     tally.produce("tally.in", sent[:3_000])
     asyncio.run(_kill_and_restart(stack))
     tally.produce("tally.in", sent[3_000:])
+    await_out(tally, len(sent), seconds=90)
+    audit(tally, sent)
+
+
+def test_a_transaction_whose_end_the_broker_forgot_is_ended_by_the_next_owner(tally: System, stack: Stack) -> None:
+    """Kafka 4.4 drops the abort marker of what timed out while its only broker was away; the next commit made it visible (ADR 12)."""
+    sent = numbered(2_000)
+    tally.produce("tally.in", sent)
+    # the worker dies with a transaction open, and the broker with it
+    worker = tally.start(ROLE, module=MODULE, TALLY_FAULT="before commit:3", TALLY_SENT_SECONDS="0.5", TALLY_TIMEOUT_MS="3000")
+    wait_for(lambda: worker.exits, seconds=60, what="the fault")
+    asyncio.run(stack.broker.kill())
+    worker.env = {k: v for k, v in worker.env.items() if k != "TALLY_FAULT"}
+    open_until = time.monotonic() + 4
+    wait_for(lambda: time.monotonic() > open_until, seconds=6, what="the transaction's time is over")
+    asyncio.run(stack.broker.start())
     await_out(tally, len(sent), seconds=90)
     audit(tally, sent)
 

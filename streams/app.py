@@ -15,12 +15,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, islice
 from secrets import token_bytes
 from typing import Any, NamedTuple, cast
 
 import faust
+import uvloop
 from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as KafkaMessage
 from faust.assignor.partition_assignor import PartitionAssignor
@@ -73,6 +74,7 @@ from streams.gateways import Gateway, gateways_of
 from streams.health import HealthWatch
 from streams.metrics import Metrics
 from streams.outgoing import Providers
+from streams.outside import WRITTEN_BY_WEB
 from streams.refusals import UnreachableError, ask, why_unreachable
 from streams.registry import Registry
 from streams.rights import missing, rights_of, sentence
@@ -189,7 +191,8 @@ class Worker(NotifyApp):
         ]
         if wrong:
             raise SettingsError(wrong)
-        codec = self._codec = await self._register()
+        written = WRITTEN_BY_WEB if self.role is Role.VIEWS else frozenset()
+        codec = self._codec = await self._register([spec for name, spec in specs.items() if name in used | written])
         tools = Tools(
             cluster=self.cluster,
             names=Names(
@@ -271,10 +274,10 @@ class Worker(NotifyApp):
         if lacking:
             raise SettingsError([sentence(lacking, who=self.cluster.security.shown, role=self.role)])
 
-    async def _register(self) -> Codec:
+    async def _register(self, specs: Sequence[TopicSpec]) -> Codec:
         while True:
             try:
-                return await self.registry.codec(self.settings.env, self.plan.topics)
+                return await self.registry.codec(self.settings.env, specs)
             except RegistryUnavailableError as error:
                 log.warning("registry.unavailable error=%s: waiting, since these schemas were never registered from here", error)
                 await asyncio.sleep(_START_RETRY_SECONDS)
@@ -293,6 +296,7 @@ class Worker(NotifyApp):
         for shard in self.runner.shards.values() if self.runner is not None else ():
             shard.wake.set()
 
+    @cached_property
     def _control(self) -> Control:
         assert self.orders is not None
         return Control(self.orders.entry, seal_key=self.settings.seal_key)
@@ -303,7 +307,7 @@ class Worker(NotifyApp):
 
         settings = self.settings
         assert self.role.lane is not None
-        control, lane_share = self._control(), settings.lane_shares[self.role.lane]
+        control, lane_share = self._control, settings.lane_shares[self.role.lane]
         channels = build_channels(settings.providers, self._ports())
         if settings.webhooks:
             channels[Channel.WEBHOOK] = [WebhookChannel(each, max_open=settings.max_open_attempts) for each in settings.webhooks]
@@ -343,7 +347,9 @@ class Worker(NotifyApp):
 
     def _unsubscribe_url(self, delivery: Delivery, address: str) -> str | None:
         """Return where a reader leaves the category of a delivery; None where he cannot."""
-        scope = self._control().scope_of(delivery.channel, address)
+        if not self.settings.public_url:
+            return None
+        scope = self._control.scope_of(delivery.channel, address)
         return unsubscribe_url(self.settings.public_url, self.settings.token_key, delivery, scope)
 
     async def _report(self, report: DeliveryReport) -> None:
@@ -417,7 +423,7 @@ class Worker(NotifyApp):
                     new_key=partial(token_bytes, KEY_BYTES),
                     partitions=self.settings.partitions,
                     dedupe_seconds=self.settings.dedupe_seconds,
-                    control=self._control(),
+                    control=self._control,
                     sms_countries=self.settings.sms_countries,
                 )
                 requests = {topics.requests(lane): self._own(NotificationRequested, router.decide_request) for lane in LaneName}
@@ -502,7 +508,7 @@ class Worker(NotifyApp):
                 if found is None:
                     missing.add(user)
 
-        forwarder = Forwarder(subscriptions=self.settings.webhooks, key_of=key_of, control=self._control(), now=partial(datetime.now, UTC))
+        forwarder = Forwarder(subscriptions=self.settings.webhooks, key_of=key_of, control=self._control, now=partial(datetime.now, UTC))
         return replace(self._own(StatusChange, forwarder.decide), learn=learn)
 
     def _ingest_inputs(self, step: Step, codec: Codec) -> dict[str, Input]:
@@ -799,6 +805,8 @@ def app_from_environment() -> Worker:
         problems = error.problems if isinstance(error, SettingsError) else [str(error)]
         sys.stderr.write("This worker cannot start:\n" + "".join(f"  - {problem}\n" for problem in problems))
         raise SystemExit(EXIT_SETTINGS) from None
+    # as `faust -L uvloop` does, which nobody should have to remember
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     step_back([app.role])
     return app
 

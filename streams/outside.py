@@ -40,6 +40,7 @@ OUTSIDE: Mapping[str, Outside] = {
     topics.DECISIONS: Outside(readers=(CLI,)),
     topics.DEAD: Outside(writers=("every role",), readers=(CLI,)),
 }
+WRITTEN_BY_WEB = frozenset(topic for topic, outside in OUTSIDE.items() if WEB in outside.writers)
 # roles that follow a topic beside the inputs of their steps: whoever opens what is sealed needs the users' keys
 FOLLOWERS: Mapping[str, tuple[Role, ...]] = {
     topics.KEYS: (*_SENDERS, Role.SIGNALS, Role.VIEWS),

@@ -23,7 +23,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, b
 )
 
 from schemas import topics
-from streams.outside import CLI, FOLLOWERS, OUTSIDE, WEB
+from streams.outside import CLI, FOLLOWERS, OUTSIDE, WRITTEN_BY_WEB
 from streams.roles import Role
 from streams.topics import SHARED, physical
 from streams.topology import all_topics, steps_of
@@ -109,7 +109,7 @@ def rights_of(role: Role, env: str) -> list[Right]:
         reads |= {*step.reads, *tables}
         writes |= {*step.writes, *tables}
     if role is Role.VIEWS:
-        writes |= {topic for topic, outside in OUTSIDE.items() if WEB in outside.writers}
+        writes |= WRITTEN_BY_WEB
     group = f"notify.{env}.{role}"
     return sorted(
         [

@@ -17,6 +17,8 @@ from schemas.errors import ProviderUnavailableError, SendUnknownError
 
 _IDLE_SECONDS: Final = 20.0  # shorter than what servers allow, so that few requests meet a connection that is just ending
 
+_FAILURES: Final = (aiohttp.ClientError, OSError, ValueError, RuntimeError)  # the last: closed meanwhile
+
 
 class _Progress:
     """How far a request came."""
@@ -27,7 +29,8 @@ class _Progress:
 class Http1Client:
     """Requests to one origin, such as `https://push.example`. Each runs on a connection of its own, kept for the next.
 
-    `resolver`: looks names up, at each connection; None: the system's, which remembers them for a while.
+    `resolver`: looks names up, at each connection; None: the system's, which remembers them for a while. `needs_body` False:
+    the status is the answer, and a body that breaks off, has no end or is too long is as good as none.
     """
 
     def __init__(  # noqa: PLR0913 - limits, each by name
@@ -40,6 +43,7 @@ class Http1Client:
         total_seconds: float = 12.0,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
         resolver: AbstractResolver | None = None,
+        needs_body: bool = True,
     ) -> None:
         self._origin = origin
         self._tls = tls
@@ -48,6 +52,7 @@ class Http1Client:
         self._timeout = aiohttp.ClientTimeout(total=total_seconds, connect=connect_seconds)
         self._max_answer_bytes = max_answer_bytes
         self._resolver = resolver
+        self._needs_body = needs_body
         self._session: aiohttp.ClientSession | None = None
         self._is_open = True
 
@@ -71,17 +76,24 @@ class Http1Client:
             async with self._opened().request(
                 method, path, headers=named, data=body, allow_redirects=False, trace_request_ctx=progress
             ) as answer:
-                text = bytearray()
-                async for chunk in answer.content.iter_chunked(2**16):
-                    text += chunk
-                    if len(text) > self._max_answer_bytes:
-                        raise ValueError("the answer has no end")
-                return Answer(
-                    status=answer.status, headers={name.lower(): value for name, value in answer.headers.items()}, body=bytes(text)
-                )
-        except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
-            # RuntimeError: closed meanwhile. No cause: their texts quote the path, which is an address
+                try:
+                    text = await self._read(answer)
+                except _FAILURES:
+                    if self._needs_body:
+                        raise
+                    text = b""
+                return Answer(status=answer.status, headers={name.lower(): value for name, value in answer.headers.items()}, body=text)
+        except _FAILURES as error:
+            # no cause: their texts quote the path, which is an address
             raise _meaning(error, is_leaving=progress.is_leaving) from None
+
+    async def _read(self, answer: aiohttp.ClientResponse) -> bytes:
+        text = bytearray()
+        async for chunk in answer.content.iter_chunked(2**16):
+            text += chunk
+            if len(text) > self._max_answer_bytes:
+                raise ValueError("the answer has no end")
+        return bytes(text)
 
     async def close(self) -> None:
         """End every connection. Requests still running fail."""

@@ -24,7 +24,7 @@ from channels.http2 import Answer
 from channels.signing import signed
 from channels.subscriptions import Subscription, is_public
 from schemas import topics
-from schemas.errors import NotifyError, ProviderRefusedError, ProviderRejectedError, ProviderThrottledError
+from schemas.errors import NotifyError, ProviderRefusedError, ProviderRejectedError, ProviderThrottledError, ProviderUnavailableError
 from schemas.messages import Content, Delivery
 from schemas.status import Status, Suppression
 
@@ -74,16 +74,18 @@ class WebhookChannel:
             max_open=self.max_open,
             total_seconds=self._total_seconds,
             resolver=None if self._subscription.allow_private else PublicResolver(),
+            needs_body=False,  # whoever answered 2xx has the message: telling it again for the sake of a body would double it
         )
 
     async def send(self, delivery: Delivery, content: Content) -> Receipt:
         """Tell the subscriber. Returns and raises as the channel contract says; codes are HTTP statuses, or of `channels.http1`.
 
         What is answered with anything but 2xx waits alone and is told again by its schedule: a subscriber's mistake is
-        mended one day. 410 is its word that it wants to hear no more.
+        mended one day. That holds for 401, 403, 502 and 504 too: they may come of this message alone, of a body that breaks
+        the signature or the process there, and must hold no other. 410 is its word that it wants to hear no more.
         """
         if self._client is None:
-            raise ProviderRejectedError("the channel is not open", code="closed")
+            raise ProviderUnavailableError("the channel is closed", code="closed")
         body = (content.text or "").encode()
         headers = signed(self._subscription.keys, message_id=delivery.delivery_id, at=datetime.now(UTC), body=body)
         headers |= {"content-type": "application/json", "user-agent": "flowmart-notifications"}

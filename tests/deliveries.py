@@ -47,11 +47,12 @@ def a_delivery(
     not_before: datetime | None = None,
     lasts_seconds: float = 3_600,
     route: str | None = None,
+    text: str = "World",
 ) -> Delivery:
     """Return a delivery to `user`, sealed with his key. Its mail goes to `address`; None: to `{user}@example.com`."""
     now = datetime.now(UTC)
     identity = notification_id(producer="test", event_id=event, rule=rule, user_id=user)
-    content = Content(address=address or f"{user}@example.com", subject="Hello", text="World", title="Hello", message="World")
+    content = Content(address=address or f"{user}@example.com", subject="Hello", text=text, title="Hello", message="World")
     return Delivery(
         delivery_id=delivery_id(identity, channel),
         notification_id=identity,

@@ -1,3 +1,4 @@
-"""Providers that can be had on one machine: each speaks its real wire protocol and fails when told to."""
+"""Providers, and a subscriber, that can be had on one machine: each speaks its real wire protocol and fails when told to."""
 
-PROTOCOLS = ("smtp", "smpp", "twilio", "fcm", "apns", "webpush")  # of `channels.simulators.registry`, without importing all of them
+# of `channels.simulators.registry`, without importing all of them
+PROTOCOLS = ("smtp", "smpp", "twilio", "fcm", "apns", "webpush", "webhook")

@@ -1,4 +1,4 @@
-"""What the simulators of push services have in common: a server with TLS of our own, the script, and what they took."""
+"""What the simulators of push services and of a subscriber have in common: a server, with TLS of our own, the script, what they took."""
 
 from __future__ import annotations
 
@@ -138,6 +138,10 @@ class PushSimulator:
         """Return which device a request is for; empty when it does not say."""
         raise NotImplementedError
 
+    def garbage(self) -> Reply | Fault:
+        """Return an answer that is none."""
+        return Reply(status=200, body=b"<html>\xff")
+
     # ---- what they have in common
 
     def retry_after(self) -> dict[str, str]:
@@ -172,7 +176,7 @@ class PushSimulator:
                 return Fault.SILENCE
             case Behaviour.GARBAGE:
                 self._take(request)
-                return Reply(status=200, body=b"<html>\xff")
+                return self.garbage()
             case _:
                 return self.failed(behaviour)
 

@@ -12,6 +12,7 @@ from channels.simulators.fcm import FcmSimulator
 from channels.simulators.smpp import SmppSimulator
 from channels.simulators.smtp import SmtpSimulator
 from channels.simulators.twilio import TwilioSimulator
+from channels.simulators.webhook import WebhookSimulator
 from channels.simulators.webpush import WebPushSimulator
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Simulator(Protocol):
 
     @property
     def url(self) -> str:
-        """How to configure a provider with it: an entry of NOTIFY_PROVIDERS."""
+        """How to configure a provider with it: an entry of NOTIFY_PROVIDERS. Of a subscriber: where it is told."""
 
     async def __aenter__(self) -> Self:
         """Listen."""
@@ -53,6 +54,7 @@ SIMULATORS: Mapping[str, tuple[int, bool, Callable[..., Simulator]]] = {
     "fcm": (4011, True, FcmSimulator),
     "apns": (4012, True, ApnsSimulator),
     "webpush": (4013, True, WebPushSimulator),
+    "webhook": (4014, True, WebhookSimulator),
 }
 
 

@@ -30,6 +30,7 @@ EPILOG = console.examples(
     "notify simulate smtp",
     'notify simulate smpp --port 2775 --script "latency=0.2 throttle=0.1 receipts_delay=2 receipts_lost=0.05"',
     "notify simulate fcm --folder credentials",
+    "notify simulate webhook --folder subscriber",
 )
 _LOOK_SECONDS = 0.5
 
@@ -49,10 +50,10 @@ def simulate(  # noqa: PLR0913 - one parameter an option
         str | None, typer.Option(metavar="HOST:PORT", help="The mail server that smtp hands bounces and complaints to; default: none come.")
     ] = None,
 ) -> None:
-    """Run a simulated provider until Ctrl-C, and print how to configure it.
+    """Run a simulated provider, or a subscriber of status changes, until Ctrl-C, and print how to configure it.
 
     Whatever the script says, magic recipients always do the same: deliver@, bounce@, refuse@, throttle@, timeout@ and complain@ any
-    domain; numbers that end with 000001 to 000006; tokens that end with magic-deliver, magic-bounce and so on.
+    domain; numbers that end with 000001 to 000006; tokens and endpoints that end with magic-deliver, magic-bounce and so on.
     """
     from channels.simulators.registry import build_simulator
 
@@ -72,6 +73,8 @@ def simulate(  # noqa: PLR0913 - one parameter an option
 
 
 async def _run(name: str, made: Simulator, script: Script) -> None:
+    from channels.simulators.webhook import WebhookSimulator
+
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -80,7 +83,12 @@ async def _run(name: str, made: Simulator, script: Script) -> None:
             sys.stdout.write(f"{made.url}\n")
             sys.stdout.flush()
             out = console.stderr()
-            out.print(Text(f"{name} on 127.0.0.1:{made.port}; the line above is an entry of NOTIFY_PROVIDERS. Ctrl-C stops.", style="dim"))
+            entry = (
+                f"NOTIFY_WEBHOOKS_FILE={made.file} subscribes it"
+                if isinstance(made, WebhookSimulator)
+                else "the line above is an entry of NOTIFY_PROVIDERS"
+            )
+            out.print(Text(f"{name} on 127.0.0.1:{made.port}; {entry}. Ctrl-C stops.", style="dim"))
             shown = " ".join(f"{key}={value:g}" for key, value in _changed(script).items())
             if shown:
                 out.print(Text(f"script: {shown}", style="dim"))

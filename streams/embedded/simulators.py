@@ -67,7 +67,8 @@ async def host(data_dir: Path) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as running:
         tables: list[str] = []
-        for name in SIMULATORS.keys() - {"smtp"}:  # mail has a server with an inbox page
+        # mail has a server with an inbox page, and a subscriber of status changes carries nothing to users
+        for name in SIMULATORS.keys() - {"smtp", "webhook"}:
             folder = data_dir / name
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             made = await running.enter_async_context(build_simulator(name, script=script, port=0, folder=folder))

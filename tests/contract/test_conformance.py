@@ -1,9 +1,10 @@
-"""What every provider promises (`channels.base`), held against its simulator: each way in which the protocol can fail."""
+"""What every provider and subscriber promises (`channels.base`), held against its simulator: each way in which the protocol can fail."""
 
 from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import json
 import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +19,9 @@ from channels.registry import BUILDERS
 from channels.simulators import PROTOCOLS
 from channels.simulators.registry import SIMULATORS, Simulator, build_simulator
 from channels.simulators.script import Script
+from channels.simulators.webhook import WebhookSimulator
+from channels.subscriptions import parse_subscriptions
+from channels.webhook import WebhookChannel
 from schemas.errors import (
     NotifyError,
     ProviderRefusedError,
@@ -34,8 +38,16 @@ from tests.ports import no_ports
 NOW = dt.datetime.now(dt.UTC)
 PLANTED = "planted words of the message"
 NAMES = PROTOCOLS
-CHANNEL = {"smtp": "email", "smpp": "sms", "twilio": "sms", "fcm": "push", "apns": "push", "webpush": "push"}
-REPORTING = tuple(name for name in ("smpp",) if name in NAMES)  # those that report over the connection that they are called by
+CHANNEL = {"smtp": "email", "smpp": "sms", "twilio": "sms", "fcm": "push", "apns": "push", "webpush": "push", "webhook": "webhook"}
+REPORTING = ("smpp",)  # over the connection that they are called by: others report elsewhere, and a subscriber not at all
+OVER_HTTP1 = {"twilio", "webhook"}
+# who says at once that an address is dead, and what follows; others say so later, in a report
+SAYS_GONE = {
+    "fcm": Suppression.DEAD_TOKEN,
+    "apns": Suppression.DEAD_TOKEN,
+    "webpush": Suppression.DEAD_TOKEN,
+    "webhook": Suppression.GONE,
+}
 NUMBER = "+4915223433333"
 ANY: type[NotifyError] = NotifyError
 
@@ -57,6 +69,8 @@ class Peer:
                 return f"{'complain' if word == 'gone' else word}@example.com"
             case "sms":
                 return f"+4915223{magic[word]:06d}" if word in magic else NUMBER
+            case "webhook":
+                return self.simulator.url
             case _:
                 name = f"magic-{'gone' if word in {'complain', 'gone'} else word}" if word in magic else word
                 return str(self.simulator.address(name))  # type: ignore[attr-defined]  # of the push services
@@ -77,7 +91,7 @@ class Peer:
             accepted_at=NOW,
             created_at=NOW,
             expires_at=NOW + dt.timedelta(hours=1),
-            route={"sms": "DE", "push": self.name}.get(channel),
+            route={"sms": "DE", "push": self.name, "webhook": self.name}.get(channel),
         )
 
     def content(self, word: str = "device") -> Content:
@@ -87,11 +101,21 @@ class Peer:
                 return Content(address=address, subject=PLANTED, text=PLANTED, html=f"<p>{PLANTED}</p>")
             case "sms":
                 return Content(address=address, text=PLANTED)
+            case "webhook":
+                return Content(address=address, text=json.dumps({"type": "delivery.sent", "data": PLANTED}))
             case _:
                 return Content(address=address, title="FlowMart", message=PLANTED)
 
     async def send(self, number: int = 1, word: str = "device") -> Receipt:
-        return await self.channel.send(self.delivery(number), self.content(word))
+        if self.name != "webhook" or word == "device":
+            return await self.channel.send(self.delivery(number), self.content(word))
+        # where a subscriber is told is its channel's: a magic endpoint has one of its own
+        channel = channel_of(entry(self.simulator, f"magic-{word}"), None)
+        await channel.open()
+        try:
+            return await channel.send(self.delivery(number), self.content(word))
+        finally:
+            await channel.close()
 
     async def fails(self, kind: type[NotifyError], *, number: int = 1, word: str = "device") -> NotifyError:
         with pytest.raises(kind) as caught:
@@ -104,23 +128,30 @@ class Peer:
 
 
 @asynccontextmanager
-async def a_peer(name: str, folder: Path, script: Script | None = None, *, option: str = "") -> AsyncIterator[Peer]:
+async def a_peer(name: str, folder: Path, script: Script | None = None) -> AsyncIterator[Peer]:
     reports: list[DeliveryReport] = []
 
     async def report(found: DeliveryReport) -> None:
         reports.append(found)
 
     async with build_simulator(name, script=script or Script(), port=0, folder=folder) as simulator:
-        url = simulator.url + (f"{'&' if '?' in simulator.url else '?'}{option}" if option else "")
-        channel = channel_of(url, report)
+        channel = channel_of(entry(simulator), report)
         try:
             yield Peer(name, simulator, channel, reports)
         finally:
             await channel.close()
 
 
-def channel_of(url: str, report: object) -> Channel:
-    (config,) = parse_providers(url, {})
+def entry(simulator: Simulator, endpoint: str = "webhook") -> str:
+    """Return what the configuration says of a simulator: a provider's URL, or the table of a subscriber."""
+    return simulator.subscription(endpoint) if isinstance(simulator, WebhookSimulator) else simulator.url
+
+
+def channel_of(text: str, report: object) -> Channel:
+    if text.startswith("[webhooks."):
+        (subscription,) = parse_subscriptions(text, {})
+        return WebhookChannel(subscription)
+    (config,) = parse_providers(text, {})
     return BUILDERS[config.scheme](config, no_ports(report=report))  # type: ignore[arg-type]  # as given
 
 
@@ -167,23 +198,27 @@ async def test_slow_is_not_failed(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "kind"),
+    ("behaviour", "kind", "of_subscriber"),
     [
-        ("refuse", ProviderRefusedError),
-        ("reject", ProviderRejectedError),
-        ("throttle", ProviderThrottledError),
-        ("unavailable", ProviderUnavailableError),
-        ("reset_before", NotifyError),
-        ("reset_after", SendUnknownError),
+        ("refuse", ProviderRefusedError, ProviderRefusedError),
+        # told again all the same: a subscriber's mistake is mended one day
+        ("reject", ProviderRejectedError, ProviderRefusedError),
+        ("throttle", ProviderThrottledError, ProviderThrottledError),
+        # 503 with Retry-After: it said how long, and is left alone as a provider is that nobody reaches
+        ("unavailable", ProviderUnavailableError, ProviderThrottledError),
+        ("reset_before", NotifyError, SendUnknownError),
+        ("reset_after", SendUnknownError, SendUnknownError),
     ],
 )
-async def test_each_failure_is_named_and_the_channel_goes_on(peer: Peer, behaviour: str, kind: type[NotifyError]) -> None:
+async def test_each_failure_is_named_and_the_channel_goes_on(
+    peer: Peer, behaviour: str, kind: type[NotifyError], of_subscriber: type[NotifyError]
+) -> None:
     await let(peer, **{behaviour: 1.0})
-    error = await peer.fails(kind)
+    error = await peer.fails(of_subscriber if peer.name == "webhook" else kind)
     assert getattr(error, "code", None), "without a code the trail says nothing"
     if behaviour == "reset_before":
         # over HTTP/1.1 nobody can tell whether a request was worked on before the connection broke
-        assert isinstance(error, SendUnknownError if peer.name == "twilio" else ProviderUnavailableError | ProviderRefusedError)
+        assert isinstance(error, SendUnknownError if peer.name in OVER_HTTP1 else ProviderUnavailableError | ProviderRefusedError)
         assert not peer.simulator.messages
     if behaviour == "reset_after":
         assert len(peer.simulator.messages) == 1
@@ -207,7 +242,7 @@ async def test_a_throttled_call_says_how_long_to_wait_where_the_protocol_does(pe
     await let(peer, throttle=1.0, retry_after=7)
     error = await peer.fails(ProviderThrottledError)
     assert isinstance(error, ProviderThrottledError)
-    if peer.name in {"twilio", "fcm", "apns", "webpush"}:
+    if peer.name in {"twilio", "fcm", "apns", "webpush", "webhook"}:
         assert error.retry_after_seconds == 7
 
 
@@ -229,7 +264,7 @@ async def test_no_answer_and_an_answer_that_is_none_are_unknown(tmp_path: Path) 
 
 async def test_nobody_there_is_unavailable_and_costs_nothing(peer: Peer) -> None:
     here, nowhere = str(peer.simulator.port), str(choose_port())
-    away = channel_of(peer.simulator.url.replace(here, nowhere), None)
+    away = channel_of(entry(peer.simulator).replace(here, nowhere), None)
     await away.open()
     try:
         # a browser's subscription names its push service itself
@@ -265,13 +300,13 @@ async def test_magic_recipients_do_the_same_whatever_the_script_says(peer: Peer,
     assert (await peer.send(2)).status is Status.SENT
 
 
-async def test_a_dead_device_is_suppressed(peer: Peer) -> None:
-    if CHANNEL[peer.name] != "push":
-        assert (await peer.send()).status is Status.SENT  # others say so later, in a report
-        return
-    error = await peer.fails(ProviderRejectedError, word="gone")
+@pytest.mark.parametrize(("name", "suppression"), SAYS_GONE.items())
+async def test_a_dead_address_is_suppressed(name: str, suppression: Suppression, tmp_path: Path) -> None:
+    async with a_peer(name, tmp_path) as found:
+        await found.channel.open()
+        error = await found.fails(ProviderRejectedError, word="gone")
     assert isinstance(error, ProviderRejectedError)
-    assert error.suppresses is Suppression.DEAD_TOKEN
+    assert error.suppresses is suppression
 
 
 @pytest.mark.parametrize("name", REPORTING)
@@ -302,14 +337,18 @@ async def test_reports_come_in_under_the_reference_of_the_send(name: str, tmp_pa
         assert len({each.report_id for each in found.reports}) <= 1
 
 
-@pytest.mark.parametrize("name", NAMES)
-async def test_wrong_credentials_are_the_accounts_fault_and_not_the_deliverys(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    # a subscriber that does not know the secret answers as one that fails at this message: each of them waits alone
+    [(name, ProviderRefusedError if name == "webhook" else ProviderUnavailableError) for name in NAMES],
+)
+async def test_wrong_credentials_reject_nothing_for_good(name: str, kind: type[NotifyError], tmp_path: Path) -> None:
     async with a_peer(name, tmp_path) as found:
         wrong = tmp_path / "wrong"
         wrong.mkdir()
         async with build_simulator(name, script=Script(), port=0, folder=wrong) as other:
             # one account's credentials at another one's door
-            url = other.url.replace(str(other.port), str(found.simulator.port))
+            url = entry(other).replace(str(other.port), str(found.simulator.port))
             if name in {"smtp", "smpp", "twilio"}:
                 scheme, _, rest = found.simulator.url.partition("://")
                 url = f"{scheme}://nobody:wrong@{rest.rpartition('@')[2]}"
@@ -318,7 +357,7 @@ async def test_wrong_credentials_are_the_accounts_fault_and_not_the_deliverys(na
             stranger = channel_of(url, None)
             await stranger.open()
             try:
-                with pytest.raises(ProviderUnavailableError):
+                with pytest.raises(kind):
                     await stranger.send(found.delivery(), found.content())
             finally:
                 await stranger.close()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 
+from channels.simulators.push import Pushed
 from channels.simulators.registry import SIMULATORS
 from channels.simulators.script import Script
+from channels.simulators.webhook import WebhookSimulator
 from schemas import topics
 from schemas.messages import Delivery
 from schemas.status import Status
@@ -22,6 +25,7 @@ EACH = 150
 KILLS = 2
 OPEN = 8  # calls at once: the bound on what one kill doubles
 NAMES = tuple(SIMULATORS)
+PROVIDERS = tuple(name for name in NAMES if name != "webhook")  # a subscriber is configured in a file of its own
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +37,21 @@ def providers() -> Iterator[Simulated]:
 
 @pytest.fixture(scope="module")
 def running(stack: Stack, tmp_path_factory: pytest.TempPathFactory, providers: Simulated) -> Iterator[System]:
+    folder = tmp_path_factory.mktemp("crash")
     # two carriers of SMS: each has a country of its own, so that each is called
     urls = " ".join(
-        f"{providers[name].url}{'&' if '?' in providers[name].url else '?'}max_open={OPEN}{_ROUTES.get(name, '')}" for name in NAMES
+        f"{providers[name].url}{'&' if '?' in providers[name].url else '?'}max_open={OPEN}{_ROUTES.get(name, '')}" for name in PROVIDERS
     )
+    # what it is told is published here, as much as of the others, and not by signals: nothing here is archived
+    (folder / "webhooks.toml").write_text(f'{subscriber(providers).subscription()}statuses = ["archived"]\n')
     variables = {
         "NOTIFY_PROVIDERS": urls,
+        "NOTIFY_WEBHOOKS_FILE": str(folder / "webhooks.toml"),
         "NOTIFY_SMTP_URL": "",
         "NOTIFY_MAX_OPEN_ATTEMPTS": str(OPEN),
         "NOTIFY_RETRY_TIERS": "1,2,4",
     }
-    with system(stack, tmp_path_factory.mktemp("crash"), variables=variables) as made:
+    with system(stack, folder, variables=variables) as made:
         for role in ("sender-critical", "delay", "signals"):
             made.start(role)
         made.await_ready(seconds=120)
@@ -57,10 +65,14 @@ def a_push(kind: str, address: str, number: int) -> Delivery:
     return of(kind, number, address=address, channel=Channel.PUSH, route=kind)
 
 
-def of(kind: str, number: int, *, address: str, channel: Channel, route: str | None = None) -> Delivery:
+def subscriber(providers: Simulated) -> WebhookSimulator:
+    return cast("WebhookSimulator", providers["webhook"])
+
+
+def of(kind: str, number: int, *, address: str, channel: Channel, route: str | None = None, text: str = "World") -> Delivery:
     # one-time codes: what may have arrived is sent again at once
     name = f"{kind}-{number}"
-    return a_delivery(name, name, address=address, channel=channel, route=route, lane=Lane.CRITICAL, category="security")
+    return a_delivery(name, name, address=address, channel=channel, route=route, lane=Lane.CRITICAL, category="security", text=text)
 
 
 def all_of(name: str, number: int, providers: Simulated) -> Delivery:
@@ -71,6 +83,8 @@ def all_of(name: str, number: int, providers: Simulated) -> Delivery:
             return of(name, number, address=f"+4915223{number + 100_000:06d}", channel=Channel.SMS, route="DE")
         case "twilio":
             return of(name, number, address=f"+447400{number + 100_000:06d}", channel=Channel.SMS, route="GB")
+        case "webhook":
+            return of(name, number, address=providers[name].url, channel=Channel.WEBHOOK, route=name, text='{"type": "delivery.sent"}')
         case _:
             return a_push(name, providers[name].address(f"{name}-device-{number}"), number)  # type: ignore[attr-defined]  # of the push services
 
@@ -100,6 +114,11 @@ def test_senders_killed_in_the_middle_of_their_calls_lose_nothing_on_any_channel
         assert len(counts) == EACH, f"{name}: lost {EACH - len(counts)}"
         doubled[name] = counts.total() - EACH
     print(f"doubled, of {EACH} each, by {KILLS} kills with {OPEN} calls at once: {doubled}; of unknown end: {dict(unknown)}")
+    calls = providers.on_loop(lambda: Counter(subscriber(providers).ids))
+    print(f"calls of a webhook-id, and how many ids had so many: {dict(Counter(calls.values()))}")
+    # a subscriber that remembers ids has each message once
+    assert providers.on_loop(lambda: set(subscriber(providers).told)) == {each.delivery_id for each in sent["webhook"]}
+    assert calls.total() == len(providers.messages("webhook")), "each call was taken"
     # what was sent twice was open at a kill, or met no answer: each of them is in the trail
     assert {reason for _, reason in unknown} == {"cut_off"}, unknown
     for name, count in doubled.items():
@@ -107,7 +126,10 @@ def test_senders_killed_in_the_middle_of_their_calls_lose_nothing_on_any_channel
 
 
 def recipient(message: object) -> str:
-    """Return whom a simulator's message went to, whatever the protocol calls it."""
+    """Return whom a simulator's message went to, whatever the protocol calls it: each delivery of this test goes to another."""
+    # but a subscriber is always the same: its messages have an id
+    if isinstance(message, Pushed) and message.token == "webhook":
+        return message.key
     for name in ("recipient", "recipients", "token"):
         if value := getattr(message, name, None):
             return str(value)

@@ -14,7 +14,6 @@ from streams.gateways import Gateway
 from streams.runner import Runner
 from streams.sending import SendingShard
 from streams.transport.admin import offset_bounds, open_ends
-from streams.transport.cluster import leave
 from streams.transport.writer import TRANSACTION_TIMEOUT_MS
 from streams.views.pages import Health
 
@@ -28,8 +27,9 @@ HALTED_ADVICE = (
 # an input with lag whose watermark has not moved for so long is stuck
 STUCK_SECONDS = 60.0
 # the broker aborts what is open for TRANSACTION_TIMEOUT_MS; what stays open so much longer it has forgotten (ADR 12)
-ORPHANED_SECONDS = 3 * TRANSACTION_TIMEOUT_MS / 1000
+FORGOTTEN_SECONDS = 3 * TRANSACTION_TIMEOUT_MS / 1000
 LOOK_AT_OPEN_EVERY_SECONDS = 15.0
+OPEN_ADVICE = "the broker lost the end of this transaction: docs/operations.md says what to do"
 
 
 class HealthWatch:
@@ -91,7 +91,7 @@ class HealthWatch:
         self._look_at_waiting()
 
     async def _look_at_open(self) -> None:
-        """Leave when a transaction of ours stays open without anybody working on it: whoever starts in our place ends it."""
+        """Show transactions of ours that stay open: what they wrote, and what others wrote behind it, nobody reads."""
         now = time.monotonic()
         if now - self._looked_at_open < LOOK_AT_OPEN_EVERY_SECONDS:
             return
@@ -101,9 +101,10 @@ class HealthWatch:
         found = await tools.in_thread(open_ends, tools.cluster, places)
         known = {place: since for place, (offset, since) in self._open.items() if found.get(place) == offset}
         self._open = {place: (offset, known.get(place, now)) for place, offset in found.items()}
-        for (topic, partition), (offset, since) in self._open.items():
-            if now - since > ORPHANED_SECONDS:
-                leave(f"a transaction in {topic} partition {partition} from offset {offset} on has no end, and nobody works on it")
+        forgotten = {place: offset for place, (offset, since) in self._open.items() if now - since > FORGOTTEN_SECONDS}
+        tools.metrics.open_transactions.set(len(forgotten))
+        for (topic, partition), offset in forgotten.items():
+            log.error("transaction.open topic=%s partition=%d offset=%d advice=%r", topic, partition, offset, OPEN_ADVICE)
 
     def _look_at_halted(self) -> None:
         now = time.monotonic()

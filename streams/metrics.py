@@ -52,7 +52,7 @@ class Metrics:
         self.suppressed = counter("suppressed_total", "Sends left out because the ledger knows the delivery.", "channel")
         self.halted = gauge("inputs_halted", "1 while an input is halted by a run of dead letters.", "topic")
         self.expired_positions = counter("expired_positions_total", "Records that fell out of retention before they were read.", "topic")
-        self.orphans = counter("orphaned_transactions_total", "Shards whose broker had left a transaction without an end; it was aborted.")
+        self.open_transactions = gauge("open_transactions", "Changelog partitions whose transaction the broker has not ended in time.")
         self.store_rows = counter("store_rows_total", "Rows written into PostgreSQL, changed ones included.", "table")
         self.store_seconds = Histogram(
             "notify_store_seconds", "How long a transaction of PostgreSQL took.", registry=registry, buckets=_LATENCY_SECONDS

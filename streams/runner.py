@@ -33,7 +33,7 @@ from streams.metrics import Metrics
 from streams.runs import DeadRun, Passage
 from streams.topics import DEAD_MAX_BYTES, TopicSpec
 from streams.topology import Step
-from streams.transport.admin import offset_bounds, open_ends
+from streams.transport.admin import offset_bounds
 from streams.transport.changelog import read_to_end
 from streams.transport.cluster import Cluster, leave
 from streams.transport.reader import MAX_BATCH_RECORDS, MAX_HELD_RECORDS, MAX_OUTSTANDING_RECORDS, Batch, Reader
@@ -46,7 +46,6 @@ T = TypeVar("T")
 TURN_SECONDS = 0.010  # the longest stretch of work on the event loop
 URGENT_SECONDS = 1.0  # for so long after an urgent record the less urgent inputs make room
 DRAIN_SECONDS = 20.0  # longer than any call to a provider
-_ORPHAN_SECONDS = 1.0
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 _MISSING: Any = object()
 PROVIDER_HEADER = "provider"
@@ -302,23 +301,6 @@ class Shard:
         for lane in self.lanes.values():
             stored = self.tables[PROGRESS].get(self._watermark_key(lane.topic))
             lane.watermark = None if stored is None else int(stored)
-
-    def end_orphans(self) -> None:
-        """Abort transactions of earlier owners that the broker left without an end (ADR 12). Blocks. Raises FencedError, KafkaException."""
-        partitions = self.tools.names.partitions
-        places = [(topic, self.partition) for topic in self.changelogs.values()]
-        for topic in (*self.step.writes, topics.DEAD):
-            numbers = range(partitions[topic]) if topic not in self._routes or self._routes[topic].partition < 0 else (self.partition,)
-            places += [(self.tools.names.physical[topic], number) for number in numbers]
-        found = open_ends(self.tools.cluster, places)
-        # others write to some of these partitions: their transactions end, and orphans stay
-        time.sleep(_ORPHAN_SECONDS)
-        left = [place for place, offset in open_ends(self.tools.cluster, list(found)).items() if found[place] == offset]
-        if not left:
-            return
-        log.warning("transaction.orphaned step=%s partition=%d places=%s", self.step.name, self.partition, left)
-        self.tools.metrics.orphans.inc()
-        self.writer.end_orphans(left)
 
     def start(self) -> None:
         """Begin to work on what is offered."""
@@ -755,19 +737,12 @@ class Runner:
             *(self.tools.in_thread(shard.recover) for shard in new),
             *(listener({partition for _, partition in wanted.values()}) for listener in self.on_assigned),
         )
-        await self._end_orphans(new)
         for shard in new:
             self.shards[(shard.step.name, shard.partition)] = shard
         for told in self.on_acquired:
             told(self)
         self.tools.metrics.recovering.set(0)
         log.info("shards.acquired new=%d kept=%d seconds=%.2f", len(new), len(wanted) - len(new), time.monotonic() - began)
-
-    async def _end_orphans(self, new: Sequence[Shard]) -> None:
-        """Abort what the broker left open of new shards. Each of their transactions wrote to one of their changelogs at least."""
-        owners = {(topic, shard.partition): shard for shard in new for topic in shard.changelogs.values()}
-        found = await self.tools.in_thread(open_ends, self.tools.cluster, list(owners))
-        await asyncio.gather(*(self.tools.in_thread(shard.end_orphans) for shard in {owners[place] for place in found}))
 
     def _wanted(self, assigned: set[TP]) -> dict[tuple[str, int], tuple[Step, int]]:
         wanted: dict[tuple[str, int], tuple[Step, int]] = {}

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from streams.transport.cluster import Cluster
-from streams.transport.records import Place
 
 TRANSACTION_TIMEOUT_MS = 15_000
 _CALL_SECONDS = 60.0
@@ -153,19 +152,6 @@ class Writer:
                 raise FencedError(f"{self.transactional_id}: {error.args[0]}") from error
             self.is_open = False
             return
-
-    def end_orphans(self, places: Sequence[Place]) -> None:
-        """Abort what earlier owners left in partitions and the coordinator knows nothing of (ADR 12). Blocks. Raises FencedError.
-
-        An abort marker ends every open transaction of its producer id in a partition, whatever epoch began it. What brings
-        the marker there is a record of the same aborted transaction.
-        """
-        self.begin()
-        for topic, partition in places:
-            self.produce(topic, None, b"", partition)
-        if self._live().flush(_CALL_SECONDS):  # what is not sent when a transaction is aborted never is
-            raise FencedError(f"{self.transactional_id}: the broker does not take what would end a transaction that was left open")
-        self.abort()
 
     def discard(self) -> None:
         """Give the producer up without a word to the broker: the next owner fences it."""

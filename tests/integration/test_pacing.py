@@ -43,8 +43,8 @@ def paced(stack: Stack, folder: Path, provider: Simulated, option: str) -> Abstr
     )
 
 
-def most_in_a_second(calls: list[float]) -> int:
-    return max(bisect_left(calls, at + 1) - first for first, at in enumerate(calls))
+def most_in(calls: list[float], *, seconds: float) -> int:
+    return max(bisect_left(calls, at + seconds) - first for first, at in enumerate(calls))
 
 
 def test_workers_together_keep_to_the_quota_while_one_joins_and_one_is_killed(stack: Stack, tmp_path: Path, provider: Simulated) -> None:
@@ -63,7 +63,9 @@ def test_workers_together_keep_to_the_quota_while_one_joins_and_one_is_killed(st
         wait_for(lambda: sum(change.status == Status.SENT for change in changes(made, *sent)) >= SENT, seconds=120, what="every push sent")
         calls = provider.calls("fcm")[before:]
         assert SENT <= len(calls) <= SENT + 64  # what was open when one was killed is sent again
-        assert most_in_a_second(calls) <= PER_SECOND * SHARE
+        # no lane lends its share: in a second what is late on its way may catch up, but never beyond the whole quota
+        assert most_in(calls, seconds=1) <= PER_SECOND
+        assert most_in(calls, seconds=5) <= 5 * PER_SECOND * SHARE * 1.05
 
 
 def test_a_days_quota_is_kept_over_restarts_and_what_waits_spends_no_attempt(stack: Stack, tmp_path: Path, provider: Simulated) -> None:

@@ -170,7 +170,8 @@ async def test_a_message_arrives_and_has_a_receipt(pair: tuple[Any, Channel], se
     assert "planted" not in repr(receipt)
     assert channel.reference_of(a_delivery(), receipt) is None
     assert await channel.look_up(a_delivery(), a_content(simulator)) is None
-    assert set(channel.routes or ()) == {service.module.__name__.rpartition(".")[2]}
+    assert parse_device(a_content(simulator).address).route in (channel.routes or ())
+    assert service.module.__name__.rpartition(".")[2] in (channel.routes or ())
 
 
 async def test_a_channel_says_what_it_is(pair: tuple[Any, Channel]) -> None:
@@ -1022,6 +1023,27 @@ def test_a_device_is_read_from_its_address(address: str, kind: Kind) -> None:
     assert (device.subscription is not None) is (kind is Kind.WEBPUSH)
     assert "APA91b" not in repr(device)
     assert "push.example" not in repr(device)
+
+
+@pytest.mark.parametrize(
+    ("address", "route"),
+    [
+        ("fcm:x", "fcm"),
+        ("apns:00", "apns"),
+        (subscribed(endpoint="https://fcm.googleapis.com/fcm/send/x"), "webpush/fcm.googleapis.com"),
+        (subscribed(endpoint="https://UPDATES.push.services.mozilla.com:443/wpush/v2/x"), "webpush/updates.push.services.mozilla.com"),
+        (subscribed(endpoint="https://web.push.apple.com/x"), "webpush/web.push.apple.com"),
+        (subscribed(endpoint="https://wns2-par02p.notify.windows.com/w/?token=x"), "webpush/notify.windows.com"),
+        (subscribed(endpoint="https://anotify.windows.com/x"), "webpush/other"),
+        (subscribed(endpoint="https://fcm.googleapis.com.evil.example/x"), "webpush/other"),
+        (subscribed(endpoint="http://127.0.0.1:8080/x"), "webpush/other"),
+    ],
+)
+def test_a_devices_route_names_the_push_service_and_none_that_users_think_of(address: str, route: str) -> None:
+    assert parse_device(address).route == route
+    key = to_base64url(ec.generate_private_key(ec.SECP256R1()).private_numbers().private_value.to_bytes(32, "big"))
+    browsers = WebPushChannel(config_of("webpush://?vapid_key=$KEY&subject=mailto:a@b.example", KEY=key), PORTS)
+    assert (route in (browsers.routes or ())) is route.startswith("webpush")
 
 
 @pytest.mark.parametrize(

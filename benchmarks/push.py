@@ -61,7 +61,7 @@ async def _no_reports(_: DeliveryReport) -> None:
 
 
 PORTS: Final = Ports(
-    mail_from="a@b.example", max_open=OPEN, report=_no_reports, unsubscribe_url=lambda *_: None, callback_url=lambda _: None
+    mail_from="a@b.example", max_open=OPEN, report=_no_reports, unsubscribe_url=lambda *_: None, callback_url=lambda _: None, return_key=b""
 )
 
 

@@ -52,7 +52,9 @@ async def _reported(_: DeliveryReport) -> None:
     """Take a report, at no cost."""
 
 
-PORTS: Final = Ports(mail_from="a@b.example", max_open=OPEN, report=_reported, unsubscribe_url=lambda *_: None, callback_url=lambda _: None)
+PORTS: Final = Ports(
+    mail_from="a@b.example", max_open=OPEN, report=_reported, unsubscribe_url=lambda *_: None, callback_url=lambda _: None, return_key=b""
+)
 
 
 @dataclass(frozen=True, slots=True)

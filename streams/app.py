@@ -331,6 +331,7 @@ class Worker(NotifyApp):
 
     def _ports(self) -> Ports:
         """Return what channels may ask of this worker."""
+        from channels.bounces import key_of
         from streams.views.callbacks import twilio_callback_url
 
         return Ports(
@@ -339,6 +340,7 @@ class Worker(NotifyApp):
             report=self._report,
             unsubscribe_url=self._unsubscribe_url,
             callback_url=partial(twilio_callback_url, self.settings.callback_url),
+            return_key=key_of(self.settings.token_key),
         )
 
     def _unsubscribe_url(self, delivery: Delivery, address: str) -> str | None:
@@ -354,14 +356,22 @@ class Worker(NotifyApp):
         mailbox = self.settings.bounces
         if self.role is not Role.SIGNALS or mailbox is None or self.plan.inputs is not None:
             return
+        from channels.bounces import key_of
         from channels.mime import parse_sender
         from streams.bounces import BounceReader
 
         def is_ours() -> bool:
             return any(shard.step.name == "match" and shard.partition == 0 for shard in runner.shards.values())
 
-        domain = parse_sender(self.settings.mail_from).domain
-        self.add_future(BounceReader(mailbox, domain=domain, publish=self._report, is_ours=is_ours, metrics=self.metrics).run())
+        reader = BounceReader(
+            mailbox,
+            domain=parse_sender(self.settings.mail_from).domain,
+            key=key_of(self.settings.token_key),
+            publish=self._report,
+            is_ours=is_ours,
+            metrics=self.metrics,
+        )
+        self.add_future(reader.run())
 
     def _share_quotas(self, runner: Runner) -> None:
         """Let this worker use as much of each provider's quota as it owns of the partitions."""

@@ -11,7 +11,7 @@
 `receipt_ids`     `same`: receipts name a message as the answer to it did; `decimal`: in decimal what the answer named in
                   hexadecimal; `hex`: the reverse. Default same. Wrong: no receipt is ever matched
 `transliterate`   `all`, `punctuation` or `none` (`channels.sms.Transliterate`); default all
-`max_segments`    what is longer is rejected as `too_long`; default 6
+`max_segments`    what is longer is cut, and ends in three dots; default 6
 `enquire_seconds` silence after which the connection is tried; default 30
 `echo`            `yes`: each message carries a user_message_reference, and receipts that repeat it settle attempts of
                   unknown end; `no` for a carrier that refuses optional parameters. Default yes
@@ -359,7 +359,7 @@ class SmppChannel:
         """Hand the message over to the carrier. Returns and raises as the channel contract says, with these codes.
 
         - of the carrier: the name of its command_status, such as `ESME_RINVDSTADR`, or `0x00000401` for one of its own.
-        - `address`, `country_not_allowed`, `too_long`, `content`: cannot be sent at all. Rejected, without a call.
+        - `address`, `country_not_allowed`, `content`: cannot be sent at all. Rejected, without a call.
         - `connect`, `tls`, `bind`: no connection, or no answer to the bind. `window`: as many messages are under way as may
           be, for too long: throttled.
         - `connection`, `timeout`, `protocol`, `silent`, `unbound`, `closed`: broke off, took too long, answered what is no
@@ -369,7 +369,7 @@ class SmppChannel:
         number = sms.carried(content.address, self.routes)
         if not content.text:
             raise ProviderRejectedError("no text to send", code="content")
-        text = sms.segments(content.text, transliterate=self._carrier.transliterate, most=self._carrier.max_segments)
+        text = sms.fitted(content.text, transliterate=self._carrier.transliterate, most=self._carrier.max_segments)
         *before, last = self._bodies(delivery, number, text)
         session = await self._bound()
         recipient = self._digest(number.e164)

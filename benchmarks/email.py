@@ -44,6 +44,7 @@ import uvloop
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from benchmarks.clients import a_delivery
 from benchmarks.figures import figure, ratio, table, tenth, times, verdict, whole
 from benchmarks.laboratory import PYTHON, ROOT, BenchmarkError, Cores, wait_for
 from benchmarks.system import accepted_by, is_listening
@@ -51,7 +52,7 @@ from channels.config import smtp_provider
 from channels.dkim import Signer
 from channels.email import EmailChannel, server_of
 from channels.mime import Letterhead, parse_sender
-from schemas.messages import Content, Delivery
+from schemas.messages import Content
 from streams.embedded.processes import choose_port
 
 TITLE: Final = "E-mail: mails a second to a sink"
@@ -70,23 +71,6 @@ _HTML: Final = """<!doctype html>
 <p>Thank you for shopping with FlowMart.</p>
 </body></html>
 """
-
-
-def a_delivery(number: int) -> Delivery:
-    return Delivery(
-        delivery_id=f"{number:032x}-email",
-        notification_id=f"{number:032x}",
-        user_id=f"u-{number}",
-        channel="email",
-        lane="normal",
-        rule="payment_confirmed",
-        category="payments",
-        generation=0,
-        attempt=1,
-        sealed=b"",
-        accepted_at=_NOW,
-        created_at=_NOW,
-    )
 
 
 def a_content(number: int) -> Content:
@@ -113,7 +97,7 @@ def ours(port: int, mails: int, *, key: bytes | None = None) -> None:
 
         async def send(numbers: Iterator[int]) -> None:
             for number in numbers:
-                await channel.send(a_delivery(number), a_content(number))
+                await channel.send(a_delivery("email", number), a_content(number))
 
         await _at_once(mails, send)
         await channel.close()
@@ -123,7 +107,7 @@ def ours(port: int, mails: int, *, key: bytes | None = None) -> None:
 
 def an_email_message(number: int) -> EmailMessage:
     """Return the same mail as the standard library makes it."""
-    delivery, content = a_delivery(number), a_content(number)
+    delivery, content = a_delivery("email", number), a_content(number)
     mail = EmailMessage()
     mail["From"] = SENDER
     mail["To"] = f"{content.name} <{content.address}>"

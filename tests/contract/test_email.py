@@ -39,7 +39,8 @@ from schemas.errors import (
     SettingsError,
 )
 from schemas.status import Status, Suppression
-from tests.contract.test_channels import a_content, a_delivery, certificate, failure, is_a, server_side
+from tests.calling import is_a
+from tests.contract.test_channels import a_content, a_delivery, certificate, failure, server_side
 from tests.ports import RETURN_KEY, no_ports
 from tests.smtp_server import Drop, SmtpServer
 from tests.smtp_server import Reply as Say

@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from channels import apns, fcm, webpush
 from channels.apns import ApnsChannel
 from channels.base import Channel, OnUnknown, Receipt
-from channels.config import ProviderConfig, parse_providers
 from channels.devices import Kind, parse_device, route_of, to_base64url
 from channels.fcm import FcmChannel
 from channels.http2 import Http2Client, client_context, steady, varying
@@ -50,6 +49,7 @@ from schemas.errors import (
 )
 from schemas.messages import Content, Delivery
 from schemas.status import Status, Suppression
+from tests.calling import config_of, delivery_on, failure_of, opened
 from tests.ports import no_ports
 
 TITLE, MESSAGE = "planted title", "planted message: Grüße 👋"
@@ -61,23 +61,7 @@ PORTS = no_ports()
 
 
 def a_delivery(number: int = 1, **changes: Any) -> Delivery:
-    now = dt.datetime.now(dt.UTC)
-    delivery = Delivery(
-        delivery_id=f"{number:032x}-push",
-        notification_id=f"{number:032x}",
-        user_id="u-1",
-        channel="push",
-        lane="normal",
-        rule="payment-received",
-        category="payments",
-        generation=0,
-        attempt=1,
-        sealed=b"",
-        accepted_at=now,
-        created_at=now,
-        expires_at=now + dt.timedelta(hours=1),
-    )
-    return replace(delivery, **changes)
+    return delivery_on("push", number, **{"expires_at": dt.datetime.now(dt.UTC) + dt.timedelta(hours=1), **changes})
 
 
 @dataclass(frozen=True)
@@ -99,20 +83,6 @@ SERVICES = {
 @pytest.fixture(params=SERVICES)
 def service(request: pytest.FixtureRequest) -> Service:
     return SERVICES[request.param]
-
-
-def config_of(url: str, **environment: str) -> ProviderConfig:
-    (config,) = parse_providers(url, environment)
-    return config
-
-
-@asynccontextmanager
-async def opened(channel: Channel) -> AsyncIterator[Channel]:
-    await channel.open()
-    try:
-        yield channel
-    finally:
-        await channel.close()
 
 
 @asynccontextmanager
@@ -148,14 +118,7 @@ def a_content(simulator: PushSimulator, name: str = NAME, **changes: Any) -> Con
 
 
 async def failure(channel: Channel, content: Content, delivery: Delivery | None = None) -> ProviderError | SendUnknownError:
-    """Return the error of a send, having seen that it tells nothing about anybody."""
-    with pytest.raises(NotifyError) as caught:
-        await channel.send(delivery or a_delivery(), content)
-    told = "".join(traceback.format_exception(caught.value)) + repr(caught.value)
-    assert "planted" not in told
-    assert NAME.encode().hex() not in told
-    assert isinstance(caught.value, ProviderError | SendUnknownError)
-    return caught.value
+    return await failure_of(channel, delivery or a_delivery(), content, NAME.encode().hex())
 
 
 # --- what arrives -----------------------------------------------------------------------------------------------------

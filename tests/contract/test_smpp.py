@@ -9,8 +9,9 @@ import logging
 import threading
 import traceback
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from hypothesis import strategies as st
 
 from channels import smpp, smpp_pdu
 from channels.base import Channel, OnUnknown
-from channels.config import ProviderConfig, parse_providers
 from channels.simulators.authority import make_authority
 from channels.simulators.script import Behaviour, Script
 from channels.simulators.smpp import Segment, SmppSimulator, text_of
@@ -31,7 +31,6 @@ from channels.smpp import ReceiptIds, SmppChannel, parse_receipt, source_of
 from channels.smpp_pdu import Address, Command, Pdu, Short, Status, Tag, WireError
 from schemas.errors import (
     NotifyError,
-    ProviderError,
     ProviderRefusedError,
     ProviderRejectedError,
     ProviderThrottledError,
@@ -42,6 +41,7 @@ from schemas.errors import (
 from schemas.messages import Content, Delivery, DeliveryReport, ProviderReference
 from schemas.status import Status as DeliveryStatus
 from schemas.status import Suppression
+from tests.calling import config_of, delivery_on, failure_of, is_a, opened
 from tests.jsmpp import JsmppServer
 from tests.ports import no_ports
 from tests.unit.test_receipts import REFERENCE
@@ -54,24 +54,7 @@ LONG = "planted text of several segments, each joined to the others. " * 6  # 3 
 EMOJI = "\N{GRINNING FACE}"
 
 
-def a_delivery(number: int = 1, **changes: Any) -> Delivery:
-    now = dt.datetime.now(dt.UTC)
-    delivery = Delivery(
-        delivery_id=f"{number:032x}-sms",
-        notification_id=f"{number:032x}",
-        user_id="u-1",
-        channel="sms",
-        lane="normal",
-        rule="payment-received",
-        category="payments",
-        generation=0,
-        attempt=1,
-        sealed=b"",
-        accepted_at=now,
-        created_at=now,
-        route="DE",
-    )
-    return replace(delivery, **changes)
+a_delivery = partial(delivery_on, "sms", route="DE")
 
 
 def a_content(text: str | None = BODY, address: str = NUMBER) -> Content:
@@ -100,25 +83,11 @@ def desk() -> Desk:
     return Desk()
 
 
-def config_of(url: str, **environment: str) -> ProviderConfig:
-    (config,) = parse_providers(url, environment)
-    return config
-
-
 def a_channel(url: str, desk: Desk | None = None, *, max_open: int = 32, **limits: float) -> SmppChannel:
     """Return the channel that a URL describes; `limits` are those of its carrier."""
     channel = smpp.build(config_of(url), no_ports(max_open=max_open, report=desk or Desk()))
     channel._carrier = replace(channel._carrier, **limits)  # type: ignore[arg-type]  # by name
     return channel
-
-
-@asynccontextmanager
-async def opened(channel: SmppChannel) -> AsyncIterator[SmppChannel]:
-    await channel.open()
-    try:
-        yield channel
-    finally:
-        await channel.close()
 
 
 @pytest.fixture
@@ -135,18 +104,7 @@ async def channel(carrier: SmppSimulator, desk: Desk) -> AsyncIterator[SmppChann
 
 
 async def failure(channel: Channel, content: Content | None = None, delivery: Delivery | None = None) -> NotifyError:
-    """Return the error of a send, having seen that it tells nothing about anybody."""
-    with pytest.raises(NotifyError) as caught:
-        await channel.send(delivery or a_delivery(), content or a_content())
-    told = "".join(traceback.format_exception(caught.value)) + repr(caught.value)
-    assert "planted" not in told
-    assert NUMBER.removeprefix("+") not in told
-    return caught.value
-
-
-def is_a(error: NotifyError, kind: type[NotifyError], code: str) -> bool:
-    assert isinstance(error, ProviderError | SendUnknownError)
-    return (type(error), error.code) == (kind, code)
+    return await failure_of(channel, delivery or a_delivery(), content or a_content(), NUMBER.removeprefix("+"))
 
 
 # --- what is sent ----------------------------------------------------------------------------------------------------

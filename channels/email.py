@@ -32,7 +32,6 @@ import aiosmtplib
 
 from channels import bounces
 from channels.base import OnUnknown, Receipt
-from channels.dkim import Signer
 from channels.mime import Letterhead, is_domain, is_token, parse_sender, recipient_address
 from channels.smtp import Connection, Envelope, Means, Reply, Stage, meaning
 from schemas import topics
@@ -49,6 +48,7 @@ from schemas.status import Status, Suppression
 
 if TYPE_CHECKING:
     from channels.config import Ports, ProviderConfig
+    from channels.dkim import Signer
     from schemas.messages import Content, Delivery
 
 Auth = Literal["plain", "login", "xoauth2"]
@@ -448,6 +448,8 @@ def signer_of(config: ProviderConfig) -> Signer | None:
     missing = [name for name, value in options.items() if not value]
     if missing:
         raise SettingsError([f"provider {config.name}: {missing[0]} is missing: DKIM needs {', '.join(options)}"])
+    from channels.dkim import Signer  # here: dkimpy brings a DNS client
+
     domain = config.option("dkim_domain", _domain, "")
     text = options["dkim_key"] or ""
     try:

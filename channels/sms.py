@@ -14,8 +14,6 @@ from enum import StrEnum
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final
 
-import phonenumbers
-
 from schemas.errors import ProviderRejectedError
 
 if TYPE_CHECKING:
@@ -256,6 +254,8 @@ def parse_number(text: str) -> Number:
 
     Raises ProviderRejectedError with the code `address` for what is not a number that can exist in its country's plan.
     """
+    import phonenumbers  # here: most of what imports this module asks for no number
+
     try:
         parsed = phonenumbers.parse(text)
     except phonenumbers.NumberParseException:

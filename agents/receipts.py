@@ -88,6 +88,20 @@ class Known:
     whole: str = ""  # the reference of the message that this one is a part of
 
     @classmethod
+    def of(cls, reference: ProviderReference) -> Self:
+        """Return whose `reference` is, with nothing reported on it."""
+        return cls(
+            notification_id=reference.notification_id,
+            delivery_id=reference.delivery_id,
+            user_id=reference.user_id,
+            channel=reference.channel,
+            lane=reference.lane,
+            generation=reference.generation,
+            attempt=reference.attempt,
+            at_ms=_milliseconds(reference.at),
+        )
+
+    @classmethod
     def decode(cls, row: bytes) -> Self:
         """Return the row in its bytes."""
         # rows of before senders waited for reports, and of what has no scope, end earlier
@@ -177,15 +191,8 @@ class Matcher:
         suppressed = before.suppressed if is_same and before is not None else ()
         for entry in waiting:
             reports.setdefault(entry.status, (entry.code, entry.reported_at_ms))
-        known = Known(
-            notification_id=reference.notification_id,
-            delivery_id=reference.delivery_id,
-            user_id=reference.user_id,
-            channel=reference.channel,
-            lane=reference.lane,
-            generation=reference.generation,
-            attempt=reference.attempt,
-            at_ms=_milliseconds(reference.at),
+        known = replace(
+            Known.of(reference),
             reports=reports,
             is_unknown=reference.is_unknown,
             scope=reference.address_scope,
@@ -208,17 +215,7 @@ class Matcher:
         """Decide that `part` belongs to the whole that `reference` names, and send on what was reported on it before."""
         key = report_key(reference.provider, part)
         waiting = [_Waiting(*entry) for entry in orjson.loads(state[WAITING].get(key, b"[]"))]
-        known = Known(
-            notification_id=reference.notification_id,
-            delivery_id=reference.delivery_id,
-            user_id=reference.user_id,
-            channel=reference.channel,
-            lane=reference.lane,
-            generation=reference.generation,
-            attempt=reference.attempt,
-            at_ms=_milliseconds(reference.at),
-            whole=reference.reference,
-        )
+        known = replace(Known.of(reference), whole=reference.reference)
         rows = [Row(REFERENCES, key, known.encode()), *([Row(WAITING, key, None)] if waiting else [])]
         rows += self._forgotten(state, key, _milliseconds(source.at))
         reports = (entry.report(reference.provider, part) for entry in waiting)

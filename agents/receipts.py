@@ -4,10 +4,15 @@ A sender publishes what the provider knows a delivery by together with the attem
 waits. Two tables, both keyed by provider and reference, JSON with moments in milliseconds since 1970 UTC:
 
 `references`  [notification, delivery, user, channel, lane, generation, attempt, at, {status: [code, at]}, is unknown, scope
-              of its address, [why nothing more is sent there], category]: the newest attempt that is known under the reference, and
-              what was reported on it; without the last ones that say nothing
+              of its address, [why nothing more is sent there], category, [places of the parts that arrived], whole]: the newest
+              attempt that is known under the reference, and what was reported on it; without the last ones that say nothing
 `waiting`     [[partition, offset, at, status, code, reported at, raw record in base64, why nothing more may be sent], …] in
               order of arrival
+
+A reference of several words is of a message in parts, each of which the provider reports on under a word of its own: the
+segments of a text message. Whoever owns a word's partition knows the whole that it belongs to, and sends its reports on to the
+owner of the whole, under the word as key. The whole is delivered when each of its parts is; any other status holds for all of
+it as soon as one part has it.
 
 A report may say besides that nothing more may be sent to the address: a bounce for good, a complaint. It becomes a standing
 order on the topic `control`, once for each reason, so that an order that a person lifted does not come back by repetition.
@@ -27,7 +32,7 @@ import orjson
 from agents.ports import BY_KEY, Effects, KnownSource, Output, Row, SetAside, Source, State
 from schemas import topics
 from schemas.errors import InvalidEventError, UnknownReferenceError
-from schemas.ids import partition_of
+from schemas.ids import digest, partition_of
 from schemas.messages import ControlEntry, DeliveryReport, ProviderReference, StatusChange
 from schemas.status import Axis, Status, Suppression
 
@@ -47,6 +52,12 @@ _EXPIRE_ROWS = 500
 def report_key(provider: str, reference: str) -> bytes:
     """Return the key under which references and reports of a delivery meet."""
     return f"{provider} {reference}".encode()
+
+
+def parts_of(reference: str) -> list[str]:
+    """Return the names of the parts of a message that is reported on in parts; none for one that is reported on as a whole."""
+    words = reference.split(" ")
+    return words if len(words) > 1 else []
 
 
 class Reported(NamedTuple):
@@ -73,6 +84,22 @@ class Known:
     scope: str | None = None  # of a suppression of its address
     suppressed: tuple[str, ...] = ()  # why it was suppressed by reports on this delivery
     category: str | None = None
+    arrived: tuple[int, ...] = ()  # places of the parts that were delivered
+    whole: str = ""  # the reference of the message that this one is a part of
+
+    @classmethod
+    def of(cls, reference: ProviderReference) -> Self:
+        """Return whose `reference` is, with nothing reported on it."""
+        return cls(
+            notification_id=reference.notification_id,
+            delivery_id=reference.delivery_id,
+            user_id=reference.user_id,
+            channel=reference.channel,
+            lane=reference.lane,
+            generation=reference.generation,
+            attempt=reference.attempt,
+            at_ms=_milliseconds(reference.at),
+        )
 
     @classmethod
     def decode(cls, row: bytes) -> Self:
@@ -93,6 +120,8 @@ class Known:
             scope=rest[1] if len(rest) > 1 else None,
             suppressed=tuple(rest[2]) if len(rest) > 1 else (),
             category=rest[3] if len(rest) > 3 else None,
+            arrived=tuple(rest[4]) if len(rest) > 4 else (),
+            whole=rest[5] if len(rest) > 4 else "",
         )
 
     def encode(self) -> bytes:
@@ -101,6 +130,8 @@ class Known:
         rest: list[object] = [True] if self.is_unknown else []
         if self.scope is not None or self.category is not None:
             rest = [self.is_unknown, self.scope, self.suppressed, self.category]
+        if self.arrived or self.whole:
+            rest = [self.is_unknown, self.scope, self.suppressed, self.category, self.arrived, self.whole]
         return orjson.dumps([*place, self.generation, self.attempt, self.at_ms, self.reports, *rest])
 
 
@@ -116,6 +147,18 @@ class _Waiting(NamedTuple):
     raw: str
     suppresses: str | None = None  # rows of before reports could say it have no such field
 
+    def report(self, provider: str, reference: str) -> DeliveryReport:
+        """Return the report that waited under `reference`."""
+        return DeliveryReport(
+            report_id=digest(provider, reference, self.status, self.code or "", size=16),
+            provider=provider,
+            reference=reference,
+            status=self.status,
+            code=self.code,
+            at=datetime.fromtimestamp(self.reported_at_ms / 1000, UTC),
+            suppresses=self.suppresses,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Matcher:
@@ -130,9 +173,14 @@ class Matcher:
         two are one message. Counts `reference`, or `stale_reference` for an earlier attempt than the known one.
         """
         key = report_key(reference.provider, reference.reference)
-        partition = partition_of(key, self.partitions)
+        parts = {report_key(reference.provider, part): part for part in parts_of(reference.reference)}
+        part = parts.get(source.key or b"")
+        place = key if part is None else report_key(reference.provider, part)
+        partition = partition_of(place, self.partitions)
         if partition != source.partition:
-            return Effects([Output(topics.PROVIDER_REFS, key, reference, partition)], counts=["rekeyed"])
+            return Effects([Output(topics.PROVIDER_REFS, place, reference, partition)], counts=["rekeyed"])
+        if part is not None:
+            return self._know_part(reference, part, source, state)
         row = state[REFERENCES].get(key)
         before = None if row is None else Known.decode(row)
         is_same = before is not None and before.delivery_id == reference.delivery_id
@@ -143,20 +191,14 @@ class Matcher:
         suppressed = before.suppressed if is_same and before is not None else ()
         for entry in waiting:
             reports.setdefault(entry.status, (entry.code, entry.reported_at_ms))
-        known = Known(
-            notification_id=reference.notification_id,
-            delivery_id=reference.delivery_id,
-            user_id=reference.user_id,
-            channel=reference.channel,
-            lane=reference.lane,
-            generation=reference.generation,
-            attempt=reference.attempt,
-            at_ms=_milliseconds(reference.at),
+        known = replace(
+            Known.of(reference),
             reports=reports,
             is_unknown=reference.is_unknown,
             scope=reference.address_scope,
             suppressed=suppressed if reference.address_scope is not None else (),
             category=reference.category,
+            arrived=before.arrived if is_same and before is not None else (),
         )
         is_repeated = known == before
         known, orders = _suppressed(known, ((entry.suppresses, entry.reported_at_ms) for entry in waiting))
@@ -165,8 +207,24 @@ class Matcher:
             rows.append(Row(WAITING, key, None))
         rows += self._forgotten(state, key, _milliseconds(source.at))
         changes = [] if is_repeated else [self._change(known, reference.provider, reference.reference, status) for status in reports]
-        outputs = [*changes, *self._settled(known, changes), *orders]
+        to_parts = [Output(topics.PROVIDER_REFS, each, reference, partition_of(each, self.partitions)) for each in parts]
+        outputs = [*to_parts, *changes, *self._settled(known, changes), *orders]
         return Effects(outputs, rows, ["reference", *(["matched"] * len(waiting)), *_counted(orders)])
+
+    def _know_part(self, reference: ProviderReference, part: str, source: Source, state: State) -> Effects:
+        """Decide that `part` belongs to the whole that `reference` names, and send on what was reported on it before."""
+        key = report_key(reference.provider, part)
+        waiting = [_Waiting(*entry) for entry in orjson.loads(state[WAITING].get(key, b"[]"))]
+        known = replace(Known.of(reference), whole=reference.reference)
+        rows = [Row(REFERENCES, key, known.encode()), *([Row(WAITING, key, None)] if waiting else [])]
+        rows += self._forgotten(state, key, _milliseconds(source.at))
+        reports = (entry.report(reference.provider, part) for entry in waiting)
+        return Effects([self._to_whole(report, known.whole) for report in reports], rows, ["reference"])
+
+    def _to_whole(self, report: DeliveryReport, whole: str) -> Output:
+        """Return the report on a part for the owner of the whole; its key still says which part."""
+        part, partition = report_key(report.provider, report.reference), partition_of(report_key(report.provider, whole), self.partitions)
+        return Output(topics.RECEIPTS, part, replace(report, reference=whole), partition)
 
     def decide_report(self, found: Reported, source: Source, state: State) -> Effects:
         """Decide the status change that a report makes and whether it blocks the address, or where it waits for its reference.
@@ -177,13 +235,23 @@ class Matcher:
         report = found.report
         _check(report)
         key = report_key(report.provider, report.reference)
+        parts = [report_key(report.provider, part) for part in parts_of(report.reference)]
+        part = parts.index(source.key) if source.key in parts else None
         partition = partition_of(key, self.partitions)
         if partition != source.partition:
-            return Effects([Output(topics.RECEIPTS, key, report, partition)], counts=["rekeyed"])
+            return Effects([Output(topics.RECEIPTS, key if part is None else parts[part], report, partition)], counts=["rekeyed"])
         row = state[REFERENCES].get(key)
         if row is None:
             return self._wait(found, key, source, state)
-        known, orders = _suppressed(Known.decode(row), [(report.suppresses, _milliseconds(report.at))])
+        known = before = Known.decode(row)
+        if known.whole:
+            return Effects([self._to_whole(report, known.whole)], counts=["rekeyed"])
+        known, orders = _suppressed(known, [(report.suppresses, _milliseconds(report.at))])
+        if part is not None and report.status == Status.DELIVERED:
+            known = replace(known, arrived=tuple(sorted({*known.arrived, part})))
+            if len(known.arrived) < len(parts):
+                is_news = known != before
+                return Effects(orders, [Row(REFERENCES, key, known.encode())] if is_news else [], ["matched" if is_news else "repeated"])
         changes = []
         if report.status not in known.reports:
             known = replace(known, reports={**known.reports, report.status: (_code(report.code), _milliseconds(report.at))})
@@ -294,7 +362,7 @@ def _check(report: DeliveryReport) -> None:
         raise InvalidEventError("status", f"is none of {', '.join(sorted(REPORTED))}")
     if report.suppresses is not None and report.suppresses not in set(Suppression):
         raise InvalidEventError("suppresses", f"is none of {', '.join(sorted(Suppression))}")
-    for name, value in (("provider", report.provider), ("reference", report.reference)):
+    for name, value in (("provider", report.provider), *(("reference", part) for part in report.reference.split(" "))):
         if not value or len(value) > _MOST_CHARACTERS:
             raise InvalidEventError(name, f"is empty or longer than {_MOST_CHARACTERS} characters")
 

@@ -623,7 +623,7 @@ def _route(channel: Channel, address: str) -> str | None:
             return country_of(address)
         case Channel.PUSH:
             try:
-                return parse_device(address).kind
+                return parse_device(address).route
             except ValueError:
                 return None
         case _:

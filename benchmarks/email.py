@@ -45,6 +45,7 @@ import uvloop
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from benchmarks.clients import a_delivery
 from benchmarks.figures import figure, ratio, table, tenth, times, verdict, whole
 from benchmarks.laboratory import PYTHON, ROOT, BenchmarkError, Cores, Laboratory, laboratory, wait_for
 from benchmarks.system import accepted_by, is_listening, system
@@ -52,7 +53,7 @@ from channels.config import smtp_provider
 from channels.dkim import Signer
 from channels.email import EmailChannel, server_of
 from channels.mime import Letterhead, parse_sender
-from schemas.messages import Content, Delivery
+from schemas.messages import Content
 from schemas.status import Status
 from streams.embedded.processes import choose_port
 from streams.roles import Role
@@ -80,23 +81,6 @@ _HTML: Final = """<!doctype html>
 """
 
 
-def a_delivery(number: int) -> Delivery:
-    return Delivery(
-        delivery_id=f"{number:032x}-email",
-        notification_id=f"{number:032x}",
-        user_id=f"u-{number}",
-        channel="email",
-        lane="normal",
-        rule="payment_confirmed",
-        category="payments",
-        generation=0,
-        attempt=1,
-        sealed=b"",
-        accepted_at=_NOW,
-        created_at=_NOW,
-    )
-
-
 def a_content(number: int) -> Content:
     return Content(
         address=f"ann{number}@example.com", name="Ann Müller", subject=f"Payment of 149,99 € received, {number}", text=_TEXT, html=_HTML
@@ -121,7 +105,7 @@ def ours(port: int, mails: int, *, key: bytes | None = None) -> None:
 
         async def send(numbers: Iterator[int]) -> None:
             for number in numbers:
-                await channel.send(a_delivery(number), a_content(number))
+                await channel.send(a_delivery("email", number), a_content(number))
 
         await _at_once(mails, send)
         await channel.close()
@@ -131,7 +115,7 @@ def ours(port: int, mails: int, *, key: bytes | None = None) -> None:
 
 def an_email_message(number: int) -> EmailMessage:
     """Return the same mail as the standard library makes it."""
-    delivery, content = a_delivery(number), a_content(number)
+    delivery, content = a_delivery("email", number), a_content(number)
     mail = EmailMessage()
     mail["From"] = SENDER
     mail["To"] = f"{content.name} <{content.address}>"
@@ -251,7 +235,9 @@ def _from_topic(lab: Laboratory, mails: int) -> tuple[list[float], float]:
     """Let a sender work a backlog off. Returns when each mail was accepted, in order, and the sender's CPU seconds."""
     with system(lab) as running, lab.broker_apart():
         lab.cores.keep_off(running.sink.process.pid)
-        running.load_mails((replace(a_delivery(number), user_id=f"u-{number % USERS}"), a_content(number)) for number in range(mails))
+        running.load_mails(
+            (replace(a_delivery("email", number), user_id=f"u-{number % USERS}"), a_content(number)) for number in range(mails)
+        )
         running.start(Role.SENDER_NORMAL, is_pinned=True, NOTIFY_MAX_OPEN_ATTEMPTS=str(OPEN))
         sender = running.workers[Role.SENDER_NORMAL]
         wait_for(

@@ -10,18 +10,10 @@ answers at once; one that answers after 20 ms, as over a network, shows what hav
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Annotated, Any, Final
 
 import requests
@@ -30,29 +22,21 @@ import smpplib.consts
 import typer
 import uvloop
 
-from benchmarks.figures import Figure, figure, ratio, tenth, whole
+from benchmarks import clients
+from benchmarks.clients import OPEN, PORTS, Match, Send, Target, seconds_in_a_loop, seconds_of_channel
 from channels import smpp, twilio
 from channels.base import Channel
 from channels.config import Ports, ProviderConfig, parse_providers
 from channels.simulators.script import Script
 from channels.simulators.smpp import SmppSimulator
 from channels.simulators.twilio import SENDER, TwilioSimulator
-from schemas.messages import Content, Delivery, DeliveryReport
+from schemas.messages import Content
 
 TITLE: Final = "SMS: messages a second to a simulator"
-OPEN: Final = 32
-WARM_UP: Final = 100
 FAR: Final = Script(latency=0.02)
 NEAR: Final = Script()
 TEXT: Final = "FlowMart: we received 149.99 EUR for order 10482. Thank you!"
 NUMBER: Final = "+4915123456789"
-
-
-async def _reported(_: DeliveryReport) -> None:
-    """Take a report, at no cost."""
-
-
-PORTS: Final = Ports(mail_from="a@b.example", max_open=OPEN, report=_reported, unsubscribe_url=lambda *_: None, callback_url=lambda _: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,96 +59,22 @@ SERVICES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A simulator that runs: how to configure a provider with it."""
-
-    kind: str
-    url: str
-    process: subprocess.Popen[str]
-
-    @property
-    def config(self) -> ProviderConfig:
-        """The provider's configuration."""
-        (config,) = parse_providers(self.url + SERVICES[self.kind].options, {})
-        return config
-
-    def taken(self) -> int:
-        """Ask how many messages it has taken since it was asked last."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("count\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-
-@contextmanager
-def target(kind: str) -> Iterator[Target]:
-    """Run a simulator in its own process."""
-    command = [sys.executable, "-m", "benchmarks.sms", "--serve", kind]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
-        assert process.stdout is not None
-        try:
-            yield Target(kind, process.stdout.readline().strip(), process)
-        finally:
-            process.send_signal(signal.SIGTERM)
+def config_of(where: Target) -> ProviderConfig:
+    """Return the provider's configuration."""
+    (config,) = parse_providers(where.url + SERVICES[where.kind].options, {})
+    return config
 
 
 async def serve(kind: str) -> None:
     """Be a simulator until stdin ends."""
     async with SERVICES[kind].simulator(script=SERVICES[kind].script) as simulator:
-        print(simulator.url, flush=True)
-        loop = asyncio.get_running_loop()
-        counted = 0
-        while await loop.run_in_executor(None, sys.stdin.readline):
-            print(len(simulator.messages) - counted, flush=True)
-            counted = len(simulator.messages)
-
-
-# ---- ours
-
-
-def a_delivery(number: int) -> Delivery:
-    now = datetime.now(UTC)
-    return Delivery(
-        delivery_id=f"{number:032x}-sms",
-        notification_id=f"{number:032x}",
-        user_id="u",
-        channel="sms",
-        lane="normal",
-        rule="payment_confirmed",
-        category="payments",
-        generation=0,
-        attempt=1,
-        sealed=b"",
-        accepted_at=now,
-        created_at=now,
-        expires_at=now + timedelta(hours=1),
-        route="DE",
-    )
+        await clients.serve(simulator, NUMBER)
 
 
 def send_ours(where: Target, messages: int) -> float:
     """Return the seconds that our channel takes."""
-
-    async def send() -> float:
-        channel = SERVICES[where.kind].build(where.config, PORTS)
-        await channel.open()
-        content = Content(address=NUMBER, text=TEXT)
-
-        async def sender(numbers: Iterator[int]) -> None:
-            for number in numbers:
-                await channel.send(a_delivery(number), content)
-
-        await sender(iter(range(WARM_UP)))
-        rest = iter(range(WARM_UP, WARM_UP + messages))
-        began = time.perf_counter()
-        await asyncio.gather(*(sender(rest) for _ in range(OPEN)))
-        taken = time.perf_counter() - began
-        await channel.close()
-        return taken
-
-    return uvloop.run(send())
+    channel = SERVICES[where.kind].build(config_of(where), PORTS)
+    return uvloop.run(seconds_of_channel(channel, Content(address=NUMBER, text=TEXT), messages, route="DE"))
 
 
 # ---- plain clients
@@ -176,7 +86,7 @@ def send_smpplib(where: Target, messages: int) -> float:
     With TCP_NODELAY, which it does not set: else the answer to a receipt and the next message wait for each other's
     acknowledgement, and 25 to 40 messages a second are all that it does.
     """
-    config = where.config
+    config = config_of(where)
     logging.getLogger("smpplib").setLevel(logging.ERROR)
     client = smpplib.client.Client(config.host, config.port, allow_unknown_opt_params=True, timeout=10, logger_name="smpplib")
     answered: list[int] = []
@@ -185,10 +95,8 @@ def send_smpplib(where: Target, messages: int) -> float:
     client.connect()
     client._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # noqa: SLF001 - it offers no way
     client.bind_transceiver(system_id=config.username, password=config.password)
-    began = 0.0
-    for number in range(WARM_UP + messages):
-        if number == WARM_UP:
-            began = time.perf_counter()
+
+    def send(number: int) -> None:
         client.send_message(
             source_addr_ton=smpplib.consts.SMPP_TON_ALNUM,
             source_addr="FlowMart",
@@ -200,7 +108,8 @@ def send_smpplib(where: Target, messages: int) -> float:
         )
         while len(answered) <= number:
             client.read_once()
-    taken = time.perf_counter() - began
+
+    taken = seconds_in_a_loop(messages, send)
     # what is left in the socket would be read as the answer to the unbind
     client.disconnect()
     return taken
@@ -208,24 +117,26 @@ def send_smpplib(where: Target, messages: int) -> float:
 
 def send_requests(where: Target, messages: int) -> float:
     """Return the seconds that requests takes, one message after the other on a connection that is kept."""
-    config = where.config
+    config = config_of(where)
     url = f"http://{config.host}:{config.port}/2010-04-01/Accounts/{config.username}/Messages.json"
     with requests.Session() as session:
         session.trust_env = False
         session.auth = (config.username or "", config.password)
-        began = 0.0
-        for number in range(WARM_UP + messages):
-            if number == WARM_UP:
-                began = time.perf_counter()
+
+        def send(_number: int) -> None:
             answer = session.post(url, data={"To": NUMBER, "From": SENDER, "Body": TEXT}, timeout=10)
             assert answer.status_code == 201
-        return time.perf_counter() - began
+
+        return seconds_in_a_loop(messages, send)
 
 
 OURS: Final = f"our channel, {OPEN} calls at once"
-LOOPS: Final[dict[str, tuple[str, Callable[[Target, int], float]]]] = {
+LOOPS: Final[dict[str, tuple[str, Send]]] = {
     "smpp": ("smpplib in a loop", send_smpplib),
     "twilio": ("requests in a loop", send_requests),
+}
+MATCHES: Final = {
+    kind: Match(service.name, dict(((OURS, send_ours), LOOPS[kind.partition("-")[0]])), service.share) for kind, service in SERVICES.items()
 }
 
 
@@ -233,33 +144,13 @@ LOOPS: Final[dict[str, tuple[str, Callable[[Target, int], float]]]] = {
 
 
 def measure(messages: int, repetitions: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return messages a second for each service and client, a value a repetition. Both clients have their turn in each one."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for kind, service in SERVICES.items():
-        loop, send_in_loop = LOOPS[kind.partition("-")[0]]
-        peers: dict[str, Callable[[Target, int], float]] = {OURS: send_ours, loop: send_in_loop}
-        found[kind] = {peer: [] for peer in peers}
-        count = max(1, round(messages * service.share))
-        with target(kind) as where:
-            for repetition in range(repetitions):
-                for peer, send in peers.items():
-                    rate = count / send(where, count)
-                    if (taken := where.taken()) < count:
-                        raise RuntimeError(f"{service.name}, {peer}: {taken} of {count} messages arrived")
-                    found[kind][peer].append(rate)
-                    say(f"{service.name}, {peer}: {rate:,.0f} messages/s ({repetition + 1}/{repetitions})")
-    return {"messages": messages, "open": OPEN, "rates": found}
+    """Return messages a second for each service and client, a value a repetition."""
+    return clients.measure("benchmarks.sms", MATCHES, messages, repetitions, say)
 
 
 def describe(found: dict[str, Any]) -> str:
     """Return the table of the page."""
-    lines = ["| service | client | messages/s | our channel, times as many |", "|---|---|---:|---:|"]
-    for kind, peers in found["rates"].items():
-        ours = peers[OURS]
-        for peer, rates in peers.items():
-            times: Figure | None = None if peer == OURS else ratio(ours, rates)
-            lines.append(f"| {SERVICES[kind].name} | {peer} | {figure(rates).show(whole)} | {'' if times is None else times.show(tenth)} |")
-    return "\n".join(lines) + "\n"
+    return clients.describe(MATCHES, found["rates"])
 
 
 def main(

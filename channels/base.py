@@ -31,6 +31,15 @@ class OnUnknown(StrEnum):
     LEAVE = "leave"  # stays unknown until a delivery report or a person settles it
 
 
+def service_of(route: str | None) -> str:
+    """Return the service behind a provider that a route names after its slash: `webpush/fcm.googleapis.com`; empty where none is.
+
+    Such services belong to others than the provider, and fail apart: each has a circuit and rates of its own, though calls
+    and quotas are the provider's.
+    """
+    return (route or "").partition("/")[2]
+
+
 class Channel(Protocol):
     """A way out through one provider. Where there are several providers for a channel, each is an object of its own.
 

@@ -1,21 +1,25 @@
 """What comes back to the return path: bounces (RFC 3464) and complaints (RFC 5965) as delivery reports.
 
-The delivery is known by the Message-ID of what was sent, which is in the part of the mail that comes back or in the envelope's
-id (RFC 3461), or else by the address that it comes back to (VERP): `bounces+{delivery}.{generation}@{bounce domain}`.
-
-Who knows a mail's Message-ID can forge a bounce of it; that is its recipient, and whoever carried it.
+The delivery is known by the address that a mail comes back to (VERP): `bounces+{delivery}.{generation}.{mac}@{bounce domain}`. Who
+sends a report proves with it that he saw the mail: ids can be computed from events, the MAC from nothing but a key of ours. So
+a report is believed about this one delivery, whatever Message-ID it quotes. The mail's recipient, and whoever carried it, can
+still forge a bounce of it.
 """
 
 from __future__ import annotations
 
+import hmac
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from base64 import b32encode
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from email import message_from_bytes
 from email.message import Message
 from email.parser import BytesParser
+from hashlib import sha256
 from typing import Final
 
+from channels.signing import BadSignatureError
 from channels.smtp import is_dead
 from schemas.errors import InvalidEventError
 from schemas.ids import digest
@@ -26,8 +30,9 @@ REPORTED_AS: Final = "email"  # by whom reports are: whoever writes one does not
 
 _PREFIX: Final = "bounces+"
 _LONGEST_LOCAL: Final = 64  # RFC 5321 section 4.5.3.1.1
-_RETURN_PATH: Final = re.compile(re.escape(_PREFIX) + r"([\w.-]{1,56})@[\w.-]+", re.ASCII | re.IGNORECASE)
-_REFERENCE: Final = re.compile(r"[\w.-]{1,200}\.\d{1,9}@[\w.-]{1,253}", re.ASCII)
+# 50 bits, in letters that survive a relay's change of case: who guesses sends 2^49 mails for one address, and is counted
+_MAC_CHARACTERS: Final = 10
+_RETURN_PATH: Final = re.compile(re.escape(_PREFIX) + rf"([\w.-]{{1,45}})\.([a-z2-7]{{{_MAC_CHARACTERS}}})@", re.ASCII)
 _STATUS: Final = re.compile(r"\b([245]\.\d{1,3}\.\d{1,3})\b")
 # where a mailbox keeps the address that a mail came to, by whose software it is
 _CAME_TO: Final = ("X-Original-To", "Delivered-To", "Envelope-To", "X-Envelope-To", "To")
@@ -43,42 +48,52 @@ _FEEDBACK: Final[Mapping[str, Suppression | None]] = {
 }
 
 
-def return_path(reference: str, domain: str) -> str | None:
+def key_of(token_key: bytes) -> bytes:
+    """Return the key that signs return paths, derived from the deployment's token key."""
+    return hmac.digest(token_key, b"return path", sha256)
+
+
+def return_path(reference: str, *, domain: str, key: bytes) -> str | None:
     """Return the address at `domain` that bounces of the mail with this Message-ID go to; None: it would be too long."""
-    local = _PREFIX + reference.rpartition("@")[0]
+    delivery = reference.rpartition("@")[0]
+    local = f"{_PREFIX}{delivery}.{_mac(key, delivery)}"
     return f"{local}@{domain}" if len(local) <= _LONGEST_LOCAL else None
 
 
-def read_reports(raw: bytes, *, domain: str, at: datetime) -> list[DeliveryReport]:
+def _mac(key: bytes, delivery: str) -> str:
+    return b32encode(hmac.digest(key, delivery.lower().encode(), sha256)).decode()[:_MAC_CHARACTERS].lower()
+
+
+def read_reports(raw: bytes, *, domain: str, key: bytes, at: datetime) -> list[DeliveryReport]:
     """Return the reports in a mail that came to the return path: none where it says nothing final, such as a delay.
 
-    `domain`: of our Message-IDs; `at`: when it came. The end of `raw` may be missing. Reading it again gives the same reports.
-    Raises InvalidEventError for what is no report, or on nothing that we sent; it quotes nothing.
+    `domain`: of our Message-IDs; `key`: as `key_of` returns it; `at`: when it came. The end of `raw` may be missing. Reading it
+    again gives the same reports. Raises InvalidEventError for what is no report, and BadSignatureError for one that came to no
+    return path of ours; neither quotes anything.
     """
     try:
         mail = message_from_bytes(raw)
         parts = {part.get_content_type(): part for part in reversed(list(mail.walk()))}
         if status := parts.get("message/delivery-status") or parts.get("message/global-delivery-status"):  # RFC 6533
-            return list(_of_status(status, mail, parts, domain, at))
+            return list(_of_status(status, lambda: _reference(mail, parts, domain, key), at))
         if feedback := parts.get("message/feedback-report"):
-            return list(_of_feedback(feedback, mail, parts, domain, at))
+            return list(_of_feedback(feedback, lambda sender: _reference(mail, parts, domain, key, sender), at))
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
         # what the standard library's parser raises, besides defects, for mails that are none
         raise InvalidEventError("mail", "cannot be parsed") from None
     raise InvalidEventError("mail", "is neither a bounce nor a complaint")
 
 
-def _of_status(status: Message, mail: Message, parts: Mapping[str, Message], domain: str, at: datetime) -> Iterator[DeliveryReport]:
+def _of_status(status: Message, reference_of: Callable[[], str], at: datetime) -> Iterator[DeliveryReport]:
     blocks = [block for block in _blocks(status) if block.get("Action")]
     if not blocks:
         raise InvalidEventError("mail", "is a bounce without a recipient")
-    envelopes = [_text(block, "Original-Envelope-Id") for block in _blocks(status)]
     found: dict[str, DeliveryReport] = {}
     for block in blocks:
         action = _text(block, "Action").strip().lower()
         if action in _NOTHING_FINAL:
             continue
-        reference = _reference(mail, parts, domain, envelopes)
+        reference = reference_of()
         if action == "failed":
             code = _failure(block)
             suppresses = Suppression.HARD_BOUNCE if is_dead(code) else None
@@ -91,15 +106,14 @@ def _of_status(status: Message, mail: Message, parts: Mapping[str, Message], dom
     yield from found.values()
 
 
-def _of_feedback(feedback: Message, mail: Message, parts: Mapping[str, Message], domain: str, at: datetime) -> Iterator[DeliveryReport]:
+def _of_feedback(feedback: Message, reference_of: Callable[[str], str], at: datetime) -> Iterator[DeliveryReport]:
     fields = next(_blocks(feedback))
     kind = _text(fields, "Feedback-Type").strip().lower()
     if kind not in _FEEDBACK:
         raise InvalidEventError("mail", "is feedback of a kind that is unknown")
     suppresses = _FEEDBACK[kind]
     if suppresses is not None:
-        reference = _reference(mail, parts, domain, [_text(fields, "Original-Envelope-Id")], [_text(fields, "Original-Mail-From")])
-        yield _report(reference, Status.DELIVERED, kind, suppresses, at)
+        yield _report(reference_of(_text(fields, "Original-Mail-From")), Status.DELIVERED, kind, suppresses, at)
 
 
 def _report(reference: str, status: Status, code: str | None, suppresses: Suppression | None, at: datetime) -> DeliveryReport:
@@ -128,16 +142,17 @@ def _status_of(text: str) -> str | None:
     return found[1] if found else None
 
 
-def _reference(mail: Message, parts: Mapping[str, Message], domain: str, envelopes: Iterable[str], came_to: Iterable[str] = ()) -> str:
-    """Return the Message-ID of what was sent. Raises InvalidEventError."""
-    ids = [*envelopes, *(_text(sent, "Message-ID") for sent in _sent(parts)), _text(mail, "In-Reply-To"), _text(mail, "References")]
-    for text in ids:
-        if (found := _REFERENCE.search(text)) is not None and found[0].rpartition("@")[2].lower() == domain.lower():
-            return found[0]
-    for text in [*came_to, *(each for name in _CAME_TO for each in map(str, mail.get_all(name, [])))]:
-        if (path := _RETURN_PATH.search(text)) is not None:
-            return f"{path[1].lower()}@{domain}"
-    raise InvalidEventError("mail", "is a report on nothing that was sent from here")
+def _reference(mail: Message, parts: Mapping[str, Message], domain: str, key: bytes, sender: str = "") -> str:
+    """Return the Message-ID of what was sent, by the first return path that we signed. Raises BadSignatureError.
+
+    `sender`: whom the reporter knows the mail from; a feedback loop reports to an address of its own.
+    """
+    came_to = (str(each) for name in _CAME_TO for each in mail.get_all(name, []))
+    for text in (sender, *came_to, *(_text(sent, "Return-Path") for sent in _sent(parts))):
+        for path in _RETURN_PATH.finditer(text.lower()):
+            if hmac.compare_digest(path[2], _mac(key, path[1])):
+                return f"{path[1]}@{domain}"
+    raise BadSignatureError("came to no return path that was signed here")
 
 
 def _sent(parts: Mapping[str, Message]) -> Iterator[Message]:

@@ -87,7 +87,7 @@ class Ports:
     `report` publishes a provider's later word and returns when it is durable; `unsubscribe_url` returns where a click
     ends mails of the delivery's category to an address, None where there is no such page or it cannot be left;
     `callback_url` returns where a provider, by its name, posts its reports, None when nobody listens. `max_open`: calls
-    at once, where the configuration does not say.
+    at once, where the configuration does not say. `return_key` signs return paths (`channels.bounces`).
     """
 
     mail_from: str
@@ -95,6 +95,7 @@ class Ports:
     report: Callable[[DeliveryReport], Awaitable[None]]
     unsubscribe_url: Callable[[Delivery, str], str | None]
     callback_url: Callable[[str], str | None]
+    return_key: bytes = field(repr=False)
 
 
 _COMMON = frozenset({"name", "weight", "routes", "per_second", "per_day", "max_open"})

@@ -17,6 +17,9 @@ from urllib.parse import SplitResult, urlsplit
 import orjson
 
 MAX_ADDRESS_BYTES: Final = 4_096
+# where browsers' push services are: of itself, or of all hosts below it. One of them may fail while the others do well
+PUSH_SERVICES: Final = ("fcm.googleapis.com", "updates.push.services.mozilla.com", "web.push.apple.com", "notify.windows.com")
+OTHER_SERVICE: Final = "other"
 LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 _FCM_TOKEN: Final = re.compile(r"[A-Za-z0-9_:-]+")
@@ -27,7 +30,7 @@ _UNCOMPRESSED: Final = 4  # how such a key begins (SEC 1, section 2.3.3)
 
 
 class Kind(StrEnum):
-    """Which push service reaches a device: the route of its deliveries."""
+    """Which kind of push service reaches a device."""
 
     FCM = "fcm"
     APNS = "apns"
@@ -50,6 +53,17 @@ class Device:
     kind: Kind
     token: str = field(default="", repr=False)
     subscription: Subscription | None = None
+
+    @property
+    def route(self) -> str:
+        """The route of its deliveries: its kind, and of a browser which service is behind it, as `channels.base.service_of` reads."""
+        return str(self.kind) if self.subscription is None else f"{self.kind}/{_service(self.subscription.endpoint)}"
+
+
+def _service(endpoint: str) -> str:
+    """Return the push service at an endpoint. Users name endpoints, so what is not known has one name: the set stays small."""
+    host = urlsplit(endpoint).hostname or ""
+    return next((known for known in PUSH_SERVICES if host == known or host.endswith(f".{known}")), OTHER_SERVICE)
 
 
 def route_of(address: str) -> Kind | None:

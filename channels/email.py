@@ -7,7 +7,7 @@
 network, since messages and password travel readable. Its options, beside those of every provider:
 
 `from`           who the mail is from, with or without a name; default: NOTIFY_MAIL_FROM
-`bounce_domain`  bounces go to an address of this domain that names the delivery (VERP); default: to the address of `from`
+`bounce_domain`  bounces go to an address of this domain that names the delivery and is signed (VERP); default: to the address of `from`
 `dkim_domain`, `dkim_selector`, `dkim_key`  signs each mail; the key: a PEM file's path, or the PEM itself as $NAME
 `auth`           plain, login or xoauth2; default: the best of a password's that the server offers
 `token_file`     holds the access token for xoauth2, and is read at each login: who renews it writes it anew
@@ -24,6 +24,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
 
@@ -31,7 +32,6 @@ import aiosmtplib
 
 from channels import bounces
 from channels.base import OnUnknown, Receipt
-from channels.dkim import Signer
 from channels.mime import Letterhead, is_domain, is_token, parse_sender, recipient_address
 from channels.smtp import Connection, Envelope, Means, Reply, Stage, meaning
 from schemas import topics
@@ -48,6 +48,7 @@ from schemas.status import Status, Suppression
 
 if TYPE_CHECKING:
     from channels.config import Ports, ProviderConfig
+    from channels.dkim import Signer
     from schemas.messages import Content, Delivery
 
 Auth = Literal["plain", "login", "xoauth2"]
@@ -80,13 +81,14 @@ def build(config: ProviderConfig, ports: Ports) -> EmailChannel:
     config.only("from", "bounce_domain", "dkim_domain", "dkim_selector", "dkim_key", "auth", "token_file", "ca_file", "hostname")
     sender = config.option("from", _of(parse_sender), None) or parse_sender(ports.mail_from)
     max_open = config.max_open or ports.max_open
+    domain = config.option("bounce_domain", _domain, None)
     return EmailChannel(
         server_of(config),
         # as the deployment's mails, whoever carries them: the Message-ID must be the same on each way
         Letterhead(sender, domain=parse_sender(ports.mail_from).domain, signer=signer_of(config)),
         provider=config.name,
         routes=config.routes,
-        bounce_domain=config.option("bounce_domain", _domain, None),
+        return_path=(lambda _reference: None) if domain is None else partial(bounces.return_path, domain=domain, key=ports.return_key),
         max_open=max_open,
         unsubscribe_url=ports.unsubscribe_url,
     )
@@ -122,7 +124,8 @@ class EmailChannel:
 
     A call has a connection to itself: at most `max_open` are open, and a call beyond them waits for a free one. A connection is
     replaced after `max_age_seconds` or `max_messages`. `connect_timeout_seconds` covers everything up to the login,
-    `send_timeout_seconds` one message from MAIL to the last reply. `bounce_domain`: see the module. `unsubscribe_url` returns
+    `send_timeout_seconds` one message from MAIL to the last reply. `return_path` returns where bounces of the mail with
+    a Message-ID go, or None: to the sender. `unsubscribe_url` returns
     where a click ends mails like a delivery to an address, or None. `tls_context` replaces the trusted authorities.
     """
 
@@ -133,7 +136,7 @@ class EmailChannel:
         *,
         provider: str = "smtp",
         routes: frozenset[str] | None = None,
-        bounce_domain: str | None = None,
+        return_path: Callable[[str], str | None] = lambda _reference: None,
         connect_timeout_seconds: float = _CONNECT_SECONDS,
         send_timeout_seconds: float = _SEND_SECONDS,
         max_open: int = 32,
@@ -151,7 +154,7 @@ class EmailChannel:
         self.unknown_seconds = 0.0
         self._server = server
         self._letterhead = letterhead
-        self._bounce_domain = bounce_domain
+        self._return_path = return_path
         self._connect_timeout_seconds = connect_timeout_seconds
         self._send_timeout_seconds = send_timeout_seconds
         self._max_age_seconds = max_age_seconds
@@ -170,8 +173,8 @@ class EmailChannel:
     def reference_of(self, delivery: Delivery, receipt: Receipt | None) -> str:  # noqa: ARG002 - the channel contract
         """Return the Message-ID, known or not whether the message arrived.
 
-        Every report on a delivery returns at least the message's headers (RFC 3464 and 6522), or comes to an address that names
-        the delivery; what our server called the message, only that server knows.
+        Every report on a delivery comes to an address that names the delivery; what our server called the message, only that
+        server knows.
         """
         return self._letterhead.message_id(delivery)
 
@@ -330,8 +333,7 @@ class EmailChannel:
     def _envelope(self, extensions: frozenset[str], mail: _Mail) -> Envelope:
         """Return the commands before a message, as far as the server understands them."""
         reference = self._letterhead.message_id(mail.delivery)
-        back = None if self._bounce_domain is None else bounces.return_path(reference, self._bounce_domain)
-        sender = b"MAIL FROM:<%b>" % (back or self._letterhead.sender.address).encode("ascii")
+        sender = b"MAIL FROM:<%b>" % (self._return_path(reference) or self._letterhead.sender.address).encode("ascii")
         if "size" in extensions:
             sender += b" SIZE=%d" % len(mail.message)  # RFC 1870: too large is refused before it is sent
         if "dsn" in extensions and is_token(reference.replace("@", "")):
@@ -446,6 +448,8 @@ def signer_of(config: ProviderConfig) -> Signer | None:
     missing = [name for name, value in options.items() if not value]
     if missing:
         raise SettingsError([f"provider {config.name}: {missing[0]} is missing: DKIM needs {', '.join(options)}"])
+    from channels.dkim import Signer  # here: dkimpy brings a DNS client
+
     domain = config.option("dkim_domain", _domain, "")
     text = options["dkim_key"] or ""
     try:

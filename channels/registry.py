@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, TypeAlias
 
-from channels import apns, email, fcm, smpp, twilio, webpush
 from channels.absent import AbsentChannel
 from channels.in_app import InAppChannel
 from schemas import topics
@@ -15,18 +15,34 @@ if TYPE_CHECKING:
     from channels.base import Channel
     from channels.config import Ports, ProviderConfig
 
+Builder: TypeAlias = "Callable[[ProviderConfig, Ports], Channel]"
+
+
+def _of(module: str) -> Builder:
+    """Return what makes the providers of a module beside this one.
+
+    It is imported for the first of them: each has libraries of its own, and a worker has few kinds of providers.
+    """
+
+    def build(config: ProviderConfig, ports: Ports) -> Channel:
+        made: Channel = import_module(f"channels.{module}").build(config, ports)
+        return made
+
+    return build
+
+
 # a URL's scheme -> what makes the provider; it raises SettingsError, and calls nobody
-BUILDERS: Mapping[str, Callable[[ProviderConfig, Ports], Channel]] = {
-    "smtp": email.build,
-    "smtp+starttls": email.build,
-    "smtps": email.build,
-    "fcm": fcm.build,
-    "apns": apns.build,
-    "webpush": webpush.build,
-    "smpp": smpp.build,
-    "smpps": smpp.build,
-    "twilio": twilio.build,
-    "twilio+http": twilio.build,  # to a simulator on this host
+BUILDERS: Mapping[str, Builder] = {
+    "smtp": _of("email"),
+    "smtp+starttls": _of("email"),
+    "smtps": _of("email"),
+    "fcm": _of("fcm"),
+    "apns": _of("apns"),
+    "webpush": _of("webpush"),
+    "smpp": _of("smpp"),
+    "smpps": _of("smpp"),
+    "twilio": _of("twilio"),
+    "twilio+http": _of("twilio"),  # to a simulator on this host
 }
 
 

@@ -11,7 +11,7 @@
 `receipt_ids`     `same`: receipts name a message as the answer to it did; `decimal`: in decimal what the answer named in
                   hexadecimal; `hex`: the reverse. Default same. Wrong: no receipt is ever matched
 `transliterate`   `all`, `punctuation` or `none` (`channels.sms.Transliterate`); default all
-`max_segments`    what is longer is rejected as `too_long`; default 6
+`max_segments`    what is longer is cut, and ends in three dots; default 6
 `enquire_seconds` silence after which the connection is tried; default 30
 `echo`            `yes`: each message carries a user_message_reference, and receipts that repeat it settle attempts of
                   unknown end; `no` for a carrier that refuses optional parameters. Default yes
@@ -21,10 +21,12 @@ What an attempt was is decided by the answer's command_status; a connection that
 leaves that message unknown, since the carrier may have it. Nothing in SMPP lets a carrier know a repetition.
 
 Receipts of long messages. Sent as segments, a message has as many ids, and receipts may come to any worker that is bound
-under the same name, before or after a crash, so that no worker sees them all. Therefore the last segment is handed over when
-all others were accepted, and a receipt is asked for it alone: its id stands for the message, no state is kept, and a message
-of which a segment was refused is never shown as it lacks its last one. What this cannot tell is a segment that the carrier
-accepted and lost while it delivered the last: where that matters, `long=payload` has one id and one receipt for the whole.
+under the same name, before or after a crash, so that no worker sees them all. Therefore none of them adds them up: the
+message's reference is all ids, with blanks between them, each receipt is reported under the id that it names, and who matches
+reports (`agents.receipts`) says delivered when all segments are, and anything else as soon as one segment is that. The last
+segment is handed over when all others were accepted, so a message of which a segment was refused is never shown. The
+receipts of those others are of nothing that was sent, and end as `unknown_reference`. An attempt of unknown end that is found
+by a receipt which came to another worker than the one that sent it is known by its last segment alone.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ import random
 import re
 import ssl
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -329,15 +331,20 @@ class SmppChannel:
         self._last: _Memory[bytes] = _Memory()
         # by the recipient and our mark: ids of messages whose answer came too late, or whose receipt repeats the mark
         self._marked: _Memory[tuple[bytes, int]] = _Memory()
+        # likewise: ids of all segments but the last, of messages whose last one was handed over
+        self._begun: _Memory[tuple[bytes, int]] = _Memory()
 
     def record(self, delivery: Delivery) -> None:
         """Return None: a provider is called."""
 
     def reference_of(self, delivery: Delivery, receipt: Receipt | None) -> str | None:  # noqa: ARG002 - the channel contract
-        """Return the carrier's id as its receipts write it; None while nobody knows it: `look_up` may find it later."""
+        """Return the carrier's ids of all segments as its receipts write them, with blanks between them.
+
+        None while nobody knows them: `look_up` may find them later.
+        """
         if receipt is None or receipt.reference is None:
             return None
-        return self._carrier.receipt_ids.of_answer(receipt.reference)
+        return self._as_reported(receipt.reference)
 
     async def open(self) -> None:
         """Load the trusted authorities, where TLS is wanted, and begin to bind. Does not wait for the carrier."""
@@ -352,7 +359,7 @@ class SmppChannel:
         """Hand the message over to the carrier. Returns and raises as the channel contract says, with these codes.
 
         - of the carrier: the name of its command_status, such as `ESME_RINVDSTADR`, or `0x00000401` for one of its own.
-        - `address`, `country_not_allowed`, `too_long`, `content`: cannot be sent at all. Rejected, without a call.
+        - `address`, `country_not_allowed`, `content`: cannot be sent at all. Rejected, without a call.
         - `connect`, `tls`, `bind`: no connection, or no answer to the bind. `window`: as many messages are under way as may
           be, for too long: throttled.
         - `connection`, `timeout`, `protocol`, `silent`, `unbound`, `closed`: broke off, took too long, answered what is no
@@ -362,18 +369,19 @@ class SmppChannel:
         number = sms.carried(content.address, self.routes)
         if not content.text:
             raise ProviderRejectedError("no text to send", code="content")
-        text = sms.segments(content.text, transliterate=self._carrier.transliterate, most=self._carrier.max_segments)
+        text = sms.fitted(content.text, transliterate=self._carrier.transliterate, most=self._carrier.max_segments)
         *before, last = self._bodies(delivery, number, text)
         session = await self._bound()
         recipient = self._digest(number.e164)
-        if before:
-            await _all_accepted(session.submit(body, deadline) for body in before)
         key = (recipient, sms.mark(delivery, 16))
-        answer = await session.submit(last, deadline, lambda late: self._answered_late(key, late))
-        message_id = _accepted_id(answer)
-        if message_id is not None:
-            self._last.put(recipient, self._carrier.receipt_ids.of_answer(message_id))
-        return Receipt(provider=self.provider, reference=message_id, status=Status.SENT)
+        ids = await _all_accepted(session.submit(body, deadline) for body in before)
+        if (begun := _reference(ids)) is not None:
+            self._begun.put(key, begun)
+        answer = await session.submit(last, deadline, lambda late: self._answered_late(key, ids, late))
+        reference = _reference([*ids, _accepted_id(answer)])
+        if reference is not None:
+            self._last.put(recipient, self._as_reported(reference))
+        return Receipt(provider=self.provider, reference=reference, status=Status.SENT)
 
     async def look_up(self, delivery: Delivery, content: Content) -> Receipt | None:
         """Return the receipt of a message whose answer came too late, or whose delivery receipt repeats our mark.
@@ -384,8 +392,8 @@ class SmppChannel:
             number = sms.parse_number(content.address)
         except ProviderRejectedError:
             return None  # it was never sent
-        message_id = self._marked.get((self._digest(number.e164), sms.mark(delivery, 16)))
-        return None if message_id is None else Receipt(provider=self.provider, reference=message_id, status=Status.SENT)
+        reference = self._marked.get((self._digest(number.e164), sms.mark(delivery, 16)))
+        return None if reference is None else Receipt(provider=self.provider, reference=reference, status=Status.SENT)
 
     async def close(self) -> None:
         """Unbind and leave. Calls that run fail; receipts that are not durable yet are left for the carrier to send again."""
@@ -492,20 +500,25 @@ class SmppChannel:
                 destination=Address(ton=1, npi=1, digits=number.e164.removeprefix("+")),
                 esm_class=EsmClass.USER_DATA_HEADER if is_joined else 0,
                 validity_period=validity,
-                registered_delivery=1 if place == len(parts) else 0,
+                registered_delivery=1,
                 data_coding=Coding.DEFAULT if is_gsm else Coding.UCS2,
                 message=b"" if is_payload else part,
-                tlvs={**echo, Tag.MESSAGE_PAYLOAD: part} if is_payload else echo,
+                # of the last segment alone: without it nothing was sent, whatever receipts of the others say
+                tlvs={**echo, Tag.MESSAGE_PAYLOAD: part} if is_payload else echo if place == len(parts) else {},
             ).encode()
             for place, part in enumerate(parts, 1)
         ]
 
-    def _answered_late(self, key: tuple[bytes, int], answer: Pdu) -> None:
-        """Remember the id of a message whose sender no longer waited."""
+    def _answered_late(self, key: tuple[bytes, int], before: Sequence[str | None], answer: Pdu) -> None:
+        """Remember the ids of a message whose sender no longer waited."""
         with suppress(NotifyError):
-            message_id = _accepted_id(answer)
-            if message_id is not None:
-                self._marked.put(key, message_id)
+            reference = _reference([*before, _accepted_id(answer)])
+            if reference is not None:
+                self._marked.put(key, reference)
+
+    def _as_reported(self, reference: str) -> str:
+        """Return ids as receipts write them."""
+        return " ".join(self._carrier.receipt_ids.of_answer(each) for each in reference.split(" "))
 
     # ---- in
 
@@ -556,7 +569,9 @@ class SmppChannel:
         echo = short.tlvs.get(Tag.USER_MESSAGE_REFERENCE, b"")
         if len(echo) == 2:
             as_answered = told.message_id if told.is_as_answered or ids is ReceiptIds.SAME else _as_answered(reference, ids)
-            self._marked.put((who, int.from_bytes(echo, "big")), as_answered)
+            key = (who, int.from_bytes(echo, "big"))
+            before = self._begun.get(key) or ""
+            self._marked.put(key, _reference([*before.split(), as_answered]) or as_answered)
         return None if told.status is None else self._reported(reference, told.status, told.code, None)
 
     def _reported(self, reference: str, status: Status, code: str, suppresses: Suppression | None) -> DeliveryReport:
@@ -806,13 +821,13 @@ class _Session(asyncio.Protocol):
                 return
 
 
-async def _all_accepted(submits: Iterable[Coroutine[None, None, Pdu]]) -> None:
-    """Wait for all segments but the last. Raises what the worst of them met.
+async def _all_accepted(submits: Iterable[Coroutine[None, None, Pdu]]) -> list[str | None]:
+    """Wait for all segments but the last, and return their ids. Raises what the worst of them met.
 
     Whatever that was, the message is not complete, and so was not sent: never SendUnknownError.
     """
     found = await asyncio.gather(*(_accepted(submit) for submit in submits), return_exceptions=True)
-    errors = [each for each in found if each is not None]
+    errors = [each for each in found if isinstance(each, BaseException)]
     for kind in (ProviderRejectedError, ProviderThrottledError, ProviderUnavailableError, ProviderRefusedError):
         for error in errors:
             if isinstance(error, kind):
@@ -821,19 +836,27 @@ async def _all_accepted(submits: Iterable[Coroutine[None, None, Pdu]]) -> None:
         if isinstance(error, SendUnknownError):
             raise ProviderUnavailableError("not all segments were taken", code=error.code) from None
         raise error
+    return [each for each in found if not isinstance(each, BaseException)]
 
 
-async def _accepted(submit: Coroutine[None, None, Pdu]) -> None:
-    _accepted_id(await submit)
+async def _accepted(submit: Coroutine[None, None, Pdu]) -> str | None:
+    return _accepted_id(await submit)
+
+
+def _reference(ids: Sequence[str | None]) -> str | None:
+    """Return the name of a message by the ids of its segments; None where one has none. Some carriers give all of them one id."""
+    known = [each for each in ids if each]
+    return " ".join(dict.fromkeys(known)) if known and len(known) == len(ids) else None
 
 
 def _accepted_id(answer: Pdu) -> str | None:
     """Return the id of the message that an answer accepts; None when it has none. Raises what the answer means."""
     if answer.status == Answer.ESME_ROK and answer.command == Command.SUBMIT_SM_RESP:
         try:
-            return Reader(answer.body).text(65) or None
+            message_id = Reader(answer.body).text(65)
         except WireError:
             raise SendUnknownError("the carrier's answer is none", code="protocol") from None
+        return message_id if message_id and " " not in message_id else None  # with a blank it would be two
     code = name_of(answer.status)
     sentence = f"the carrier did not take it: {code}"
     if answer.status in _OURS:

@@ -14,8 +14,6 @@ from enum import StrEnum
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final
 
-import phonenumbers
-
 from schemas.errors import ProviderRejectedError
 
 if TYPE_CHECKING:
@@ -144,6 +142,7 @@ _SEPTETS: Final = {
 }
 _CHARACTERS: Final = dict(enumerate(_ALPHABET))
 _EXTENDED: Final = {code: character for character, code in _EXTENSION.items()}
+_DOTS: Final = "..."  # the ellipsis is not in the alphabet
 # no telephone shows them; an escape would change the character after it
 _CONTROLS: Final = {**dict.fromkeys([*range(32), *range(127, 160)], ""), 9: " ", 10: "\n", 11: "\n", 12: "\n"}
 _UNUSUAL: Final = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -181,18 +180,45 @@ def segments(text: str, *, transliterate: Transliterate = Transliterate.ALL, mos
     ends become \n. Raises ProviderRejectedError with the code `too_long` above `most` segments.
     Source: 3GPP TS 23.038 and 23.040.
     """
-    plain = _normalised(text)
-    fitting = plain if _GSM.issuperset(plain) else plain.translate(_REPLACED[transliterate])
-    encoding, sent = (Encoding.GSM7, fitting) if _GSM.issuperset(fitting) else (Encoding.UCS2, plain)
+    encoding, sent = _written(text, transliterate)
+    found = _segmented(encoding, sent, most)
+    if found is None:
+        raise ProviderRejectedError(f"the text needs more than {most} segments", code="too_long")
+    return found
+
+
+def fitted(text: str, *, transliterate: Transliterate = Transliterate.ALL, most: int = MAX_SEGMENTS) -> Segmented:
+    """Return the segments of `text`, or of as much of it as `most` of them hold with three dots at its end.
+
+    What is replaced may be longer than what it replaces, so this is measured in the characters that are sent.
+    """
+    encoding, sent = _written(text, transliterate)
+    found = _segmented(encoding, sent, most)
+    if found is not None:
+        return found
+    room = ROOM[encoding][most > 1]
+    sent = sent[: most * room]
+    twice = frozenset(_twice(encoding).findall(sent))
+    *parts, last = _split(sent, twice, room)[:most]
+    return Segmented(encoding=encoding, parts=(*parts, _split(last, twice, room - len(_DOTS))[0].rstrip() + _DOTS))
+
+
+def _segmented(encoding: Encoding, sent: str, most: int) -> Segmented | None:
+    """Return the segments of what is sent; None where they are more than `most`."""
     alone, joined = ROOM[encoding]
     twice = _twice(encoding)
     length = len(sent) + len(twice.findall(sent))
     if length <= alone:
         return Segmented(encoding=encoding, parts=(sent,))
     parts = _split(sent, frozenset(twice.findall(sent)), joined) if length <= most * joined else []
-    if not 0 < len(parts) <= most:
-        raise ProviderRejectedError(f"the text needs more than {most} segments", code="too_long")
-    return Segmented(encoding=encoding, parts=tuple(parts))
+    return Segmented(encoding=encoding, parts=tuple(parts)) if 0 < len(parts) <= most else None
+
+
+def _written(text: str, transliterate: Transliterate) -> tuple[Encoding, str]:
+    """Return how a text is carried, and it in the characters that are sent."""
+    plain = _normalised(text)
+    replaced = plain if _GSM.issuperset(plain) else plain.translate(_REPLACED[transliterate])
+    return (Encoding.GSM7, replaced) if _GSM.issuperset(replaced) else (Encoding.UCS2, plain)
 
 
 def encode_gsm7(text: str) -> bytes:
@@ -228,6 +254,8 @@ def parse_number(text: str) -> Number:
 
     Raises ProviderRejectedError with the code `address` for what is not a number that can exist in its country's plan.
     """
+    import phonenumbers  # here: most of what imports this module asks for no number
+
     try:
         parsed = phonenumbers.parse(text)
     except phonenumbers.NumberParseException:

@@ -8,7 +8,7 @@ TLS, for a simulator on this host. Options:
 `from`            the number or name that messages are from, or
 `service`         the SID of a Messaging Service that chooses one; one of both is needed
 `transliterate`   `all`, `punctuation` or `none` (`channels.sms.Transliterate`); default all
-`max_segments`    what is longer is rejected as `too_long`; default 6
+`max_segments`    what is longer is cut, and ends in three dots; default 6
 `ca`              a file with the authorities (PEM) to trust instead of the system's
 
 Twilio knows no idempotency key. What it knows of ours is the callback's URL, which it keeps with the message: it names the
@@ -237,7 +237,7 @@ class TwilioChannel:
         """Hand the message over to Twilio. Returns and raises as the channel contract says, with these codes.
 
         - of Twilio: its error code, such as `21211`, or the HTTP status where it gave none, such as `503`.
-        - `address`, `country_not_allowed`, `too_long`, `content`: cannot be sent at all. Rejected, without a call.
+        - `address`, `country_not_allowed`, `content`: cannot be sent at all. Rejected, without a call.
         - `connect`, `tls`: no connection. `connection`, `timeout`, `protocol`: broke off, took too long, or answered what is
           no answer; unknown, as the request may have been read. `closed`: we closed the channel.
         """
@@ -295,7 +295,7 @@ class TwilioChannel:
     def _text(self, content: Content) -> str:
         if not content.text:
             raise ProviderRejectedError("no text to send", code="content")
-        return sms.segments(content.text, transliterate=self._transliterate, most=self._max_segments).text
+        return sms.fitted(content.text, transliterate=self._transliterate, most=self._max_segments).text
 
     def _sender(self) -> dict[str, str]:
         account = self._account

@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from channels.base import Receipt
-from channels.devices import LOOPBACK, Kind, Subscription, endpoint_url, from_base64url, to_base64url
+from channels.devices import LOOPBACK, OTHER_SERVICE, PUSH_SERVICES, Kind, Subscription, endpoint_url, from_base64url, to_base64url
 from channels.http1 import Http1Client
 from channels.http2 import NO_HTTP2, Answer, Http2Client, steady, varying
 from channels.push import (
@@ -142,6 +142,8 @@ class WebPushChannel(PushChannel):
         self, config: ProviderConfig, ports: Ports, *, now: Callable[[], float] = time.time, total_seconds: float = TOTAL_SECONDS
     ) -> None:
         super().__init__(config, ports, Kind.WEBPUSH)
+        # the kind alone is the route of deliveries from before services had circuits of their own
+        self.routes = frozenset({str(Kind.WEBPUSH), *(f"{Kind.WEBPUSH}/{service}" for service in (*PUSH_SERVICES, OTHER_SERVICE))})
         config.only("vapid_key", "subject", "origins", "insecure_loopback", "ca")
         config.require(subject=config.options.get("subject"))
         subject = config.options["subject"]

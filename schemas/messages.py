@@ -282,7 +282,8 @@ class Headline:
 class Delivery:
     """One notification on one channel, rendered and ready to send. `attempt` is the number of the next one, from 1.
 
-    `route`: what of the address decides which providers can carry it: a number's country (DE), or a device's kind (apns).
+    `route`: what of the address decides which providers can carry it: a number's country (DE), or a device's kind (apns,
+    webpush/fcm.googleapis.com).
     """
 
     delivery_id: str

@@ -6,6 +6,11 @@ read before the topics were found as they should be.
 
 from __future__ import annotations
 
+import gc
+
+# nothing that is imported is garbage: looking for some meanwhile, again and again, is a seventh of a worker's start
+gc.disable()
+
 import asyncio
 import logging
 import os
@@ -18,7 +23,7 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import chain, islice
 from secrets import token_bytes
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import faust
 import uvloop
@@ -27,14 +32,11 @@ from confluent_kafka import Message as KafkaMessage
 from faust.assignor.partition_assignor import PartitionAssignor
 from faust.types import TP
 
-from agents import inbox, signals, triggers
+from agents import signals, triggers
 from agents.control import Control
 from agents.delay import Delay
-from agents.forward import Forwarder
 from agents.ports import Effects, KnownSource, Source, State
 from agents.receipts import EXPIRE_EVERY_SECONDS, Matcher, Reported, report_key
-from agents.router import Router
-from agents.stock import Stock
 from channels.config import Ports
 from schemas import topics
 from schemas.codec import Codec
@@ -92,10 +94,11 @@ from streams.transport.reader import Batch
 from streams.transport.records import Record
 from streams.unsubscribe import unsubscribe_url
 from streams.views.pages import Health, OperationsContext, WebContext, install, install_operations
-from streams.views.queries import History
-from streams.views.requests import Asking, Rates, install_requests
-from streams.views.unsubscribe import install_unsubscribe
-from templates.render import Templates
+
+gc.enable()
+
+if TYPE_CHECKING:
+    from streams.views.queries import History
 
 log = logging.getLogger(__name__)
 
@@ -335,6 +338,7 @@ class Worker(NotifyApp):
 
     def _ports(self) -> Ports:
         """Return what channels may ask of this worker."""
+        from channels.bounces import key_of
         from streams.views.callbacks import twilio_callback_url
 
         return Ports(
@@ -343,6 +347,7 @@ class Worker(NotifyApp):
             report=self._report,
             unsubscribe_url=self._unsubscribe_url,
             callback_url=partial(twilio_callback_url, self.settings.callback_url),
+            return_key=key_of(self.settings.token_key),
         )
 
     def _unsubscribe_url(self, delivery: Delivery, address: str) -> str | None:
@@ -360,14 +365,22 @@ class Worker(NotifyApp):
         mailbox = self.settings.bounces
         if self.role is not Role.SIGNALS or mailbox is None or self.plan.inputs is not None:
             return
+        from channels.bounces import key_of
         from channels.mime import parse_sender
         from streams.bounces import BounceReader
 
         def is_ours() -> bool:
             return any(shard.step.name == "match" and shard.partition == 0 for shard in runner.shards.values())
 
-        domain = parse_sender(self.settings.mail_from).domain
-        self.add_future(BounceReader(mailbox, domain=domain, publish=self._report, is_ours=is_ours, metrics=self.metrics).run())
+        reader = BounceReader(
+            mailbox,
+            domain=parse_sender(self.settings.mail_from).domain,
+            key=key_of(self.settings.token_key),
+            publish=self._report,
+            is_ours=is_ours,
+            metrics=self.metrics,
+        )
+        self.add_future(reader.run())
 
     def _share_quotas(self, runner: Runner) -> None:
         """Let this worker use as much of each provider's quota as it owns of the partitions."""
@@ -416,6 +429,9 @@ class Worker(NotifyApp):
             case Role.INGEST:
                 return self._ingest_inputs(step, codec)
             case Role.ROUTER:
+                from agents.router import Router  # here, as below: what one role needs costs all others at their start
+                from templates.render import Templates
+
                 router = Router(
                     templates=Templates(),
                     codec=codec,
@@ -434,6 +450,8 @@ class Worker(NotifyApp):
                     **requests,
                 }
             case Role.STOCK:
+                from agents.stock import Stock
+
                 stock = Stock(
                     codec=codec,
                     default_threshold=self.settings.low_stock_threshold,
@@ -456,6 +474,8 @@ class Worker(NotifyApp):
             case Role.SIGNALS:
                 return self._signals_inputs(step)
             case Role.VIEWS:
+                from agents import inbox
+
                 return {
                     topics.DECISIONS: self._own(DecisionRecord, inbox.decide_decision),
                     topics.STATUS: self._own(StatusChange, inbox.decide_status),
@@ -482,6 +502,8 @@ class Worker(NotifyApp):
 
         The users' keys are looked up before a batch is decided, which may not wait: who has none then was erased.
         """
+        from agents.forward import Forwarder
+
         partitions = self.settings.partitions
         keyless: dict[int, set[bytes]] = {}  # by partition, of the batch that is decided next
 
@@ -729,6 +751,11 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
         _bind(app, step)
     operations = OperationsContext(health=app.health_of_worker, registry=app.metrics.registry)
     if settings.role is Role.VIEWS:
+        from streams.views.callbacks import Callbacks, fetch_from_amazon, install_callbacks
+        from streams.views.requests import Asking, Rates, install_requests
+        from streams.views.unsubscribe import install_unsubscribe
+        from templates.render import Templates
+
         context = WebContext(
             health=app.health_of_worker,
             registry=app.metrics.registry,
@@ -744,8 +771,6 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
         install(app, context)
         install_requests(app, Asking(templates=Templates(), rates=Rates(per_second=settings.posts_per_second)))
         install_unsubscribe(app)
-        from streams.views.callbacks import Callbacks, fetch_from_amazon, install_callbacks
-
         callbacks = Callbacks(
             public_url=settings.callback_url,
             tokens={each.name: each.password for each in settings.providers if each.scheme.startswith("twilio")},

@@ -1,7 +1,7 @@
 """Reads the mailbox that bounces and complaints come to (IMAP, RFC 3501), and publishes what they say.
 
 A mail is removed only when its reports are durable: a crash in between publishes them again, and whoever matches reports
-knows a repetition. What is not understood is moved aside or flagged, counted, and never removed.
+knows a repetition. What is not understood, or reports what nobody can prove, is moved aside or flagged, counted, and never removed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from channels.bounces import read_reports
+from channels.signing import BadSignatureError
 from schemas.errors import InvalidEventError, ProviderUnavailableError
 from schemas.messages import DeliveryReport
 from streams.mailbox import Mailbox
@@ -39,25 +40,31 @@ class Outcome(StrEnum):
     REPORTED = "reported"
     NOTHING_FINAL = "nothing_final"
     NOT_UNDERSTOOD = "not_understood"
+    UNSIGNED = "unsigned"  # a report that came to no return path of ours: anybody can write one
+
+
+_KEPT: Final = frozenset({Outcome.NOT_UNDERSTOOD, Outcome.UNSIGNED})  # for people to look at
 
 
 class BounceReader:
     """Looks into the mailbox every so often while `is_ours()`: one worker reads, whoever that is at the moment.
 
-    `publish` returns when a report is durable. `domain`: of our Message-IDs.
+    `publish` returns when a report is durable. `domain`: of our Message-IDs. `key`: of our return paths.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its parts, each by name
         self,
         mailbox: Mailbox,
         *,
         domain: str,
+        key: bytes,
         publish: Callable[[DeliveryReport], Awaitable[None]],
         is_ours: Callable[[], bool],
         metrics: Metrics,
     ) -> None:
         self._mailbox = mailbox
         self._domain = domain
+        self._key = key
         self._publish = publish
         self._is_ours = is_ours
         self._metrics = metrics
@@ -92,7 +99,7 @@ class BounceReader:
                 if not self._is_ours():
                     break
                 outcome = await self._take(raw)
-                (aside if outcome is Outcome.NOT_UNDERSTOOD else done).append(uid)
+                (aside if outcome in _KEPT else done).append(uid)
                 self._metrics.bounces.labels(outcome).inc()
         finally:
             if done or aside:
@@ -101,7 +108,10 @@ class BounceReader:
 
     async def _take(self, raw: bytes) -> Outcome:
         try:
-            reports = read_reports(raw, domain=self._domain, at=datetime.now(UTC))
+            reports = read_reports(raw, domain=self._domain, key=self._key, at=datetime.now(UTC))
+        except BadSignatureError as error:
+            log.warning("bounce.unsigned problem=%r", str(error))
+            return Outcome.UNSIGNED
         except InvalidEventError as error:
             log.warning("bounce.not_understood problem=%r", str(error))
             return Outcome.NOT_UNDERSTOOD

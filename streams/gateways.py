@@ -9,12 +9,12 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agents.failover import Choice, Ended, Provider, Wait, choose, shares
 from agents.pacing import Pace
-from channels.base import Channel
+from channels.base import Channel, service_of
 from channels.config import ProviderConfig
 from streams.metrics import Metrics
 
@@ -23,13 +23,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Line:
-    """A provider with what limits its calls. `per_day`: of the whole quota, before it is divided; None: no limit."""
+    """A provider with what limits its calls. `per_day`: of the whole quota, before it is divided; None: no limit.
+
+    `services`: by route, the provider once for each service behind it that fails apart, with a circuit and rates of its own.
+    """
 
     channel: Channel
     provider: Provider
     free: int
     pace: Pace
     per_day: int | None = None
+    services: Mapping[str, Provider] = field(default_factory=dict)
+
+    def of(self, route: str | None) -> Provider:
+        """Return whose circuit and rates count for a delivery of `route`."""
+        return self.services.get(route or "", self.provider)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,7 @@ class Gateway:
             line = self._by_name[provider.name]
             return max(line.pace.ready_at(now), spendable_at(line)) if line.free else math.inf
 
-        found = choose([line.provider for line in self.lines], route=route, draw=draw, avoid=avoid, now=now, ready_at=ready_at)
+        found = choose([line.of(route) for line in self.lines], route=route, draw=draw, avoid=avoid, now=now, ready_at=ready_at)
         if not isinstance(found, Choice):
             self.wakes.add(wake)
             return found
@@ -92,24 +100,22 @@ class Gateway:
         line.free -= 1
         line.pace.take(now)
         self.metrics.attempts_open.labels(found.provider.name).inc()
-        return Call(line, found.reason, now, route, line.provider.circuit.begin())
+        return Call(line, found.reason, now, route, found.provider.circuit.begin())
 
     def others(self, route: str | None, tried: set[str]) -> bool:
         """Say whether a provider that is not out and none of `tried` carries `route`."""
-        return any(
-            line.provider.carries(route) and line.provider.name not in tried and not line.provider.circuit.is_open for line in self.lines
-        )
+        return any(each.carries(route) and each.name not in tried and not each.circuit.is_open for each in self._of(route))
 
     def back_in(self, route: str | None) -> float:
         """Return in how many seconds the first provider that carries `route` may be called again, as far as is known."""
         now = time.monotonic()
-        times = [line.provider.circuit.opens_at(now) for line in self.lines if line.provider.carries(route)]
+        times = [each.circuit.opens_at(now) for each in self._of(route) if each.carries(route)]
         return max(0.0, min((at for at in times if at < math.inf), default=now) - now)
 
     def note(self, call: Call, ended: Ended | None, *, asked_seconds: float = 0.0, reason: str = "") -> None:
         """Note how a call ended. None: it was cancelled, or says nothing about its provider."""
         now = time.monotonic()
-        provider = call.line.provider
+        provider = call.line.of(call.route)
         was_open = provider.circuit.is_open
         provider.record(
             now,
@@ -122,7 +128,8 @@ class Gateway:
         )
         if provider.circuit.is_open != was_open:
             word = "held" if provider.circuit.is_open else "resumed"
-            log.warning("provider.%s channel=%s provider=%s reason=%s", word, self.name, provider.name, provider.circuit.reason)
+            service, reason = service_of(call.route), provider.circuit.reason
+            log.warning("provider.%s channel=%s provider=%s service=%s reason=%s", word, self.name, provider.name, service, reason)
             self._wake()
 
     def give_back(self, call: Call) -> None:
@@ -136,9 +143,12 @@ class Gateway:
             wake.set()
         self.wakes.clear()
 
-    def is_held(self) -> bool:
-        """Say whether no provider is well."""
-        return all(line.provider.circuit.is_open for line in self.lines)
+    def _of(self, route: str | None) -> list[Provider]:
+        return [line.of(route) for line in self.lines]
+
+    def is_held(self, routes: Iterable[str | None]) -> bool:
+        """Say whether nobody who carries one of `routes` is well: what waits for it waits for a provider."""
+        return any(all(each.circuit.is_open for each in self._of(route) if each.carries(route)) for route in routes)
 
     def own(self, part: float) -> None:
         """Own `part` of all partitions, from 0 to 1: the worker's part of each quota."""
@@ -149,10 +159,13 @@ class Gateway:
     def show(self) -> None:
         """Bring the gauges up to date."""
         now = time.monotonic()
-        for line, share in zip(self.lines, shares([line.provider for line in self.lines], None, now), strict=True):
-            is_open = line.provider.circuit.is_open
-            self.metrics.provider_out.labels(self.name, line.provider.name).set(is_open)
-            self.metrics.provider_share.labels(self.name, line.provider.name).set(0 if is_open else share)
+        for route in (None, *dict.fromkeys(route for line in self.lines for route in line.services)):
+            of_route = self._of(route)
+            for line, provider, share in zip(self.lines, of_route, shares(of_route, route, now), strict=True):
+                labels = (self.name, provider.name, service_of(route))
+                if route is None or provider is not line.provider:
+                    self.metrics.provider_out.labels(*labels).set(provider.circuit.is_open)
+                    self.metrics.provider_share.labels(*labels).set(0 if provider.circuit.is_open else share)
 
 
 def gateways_of(
@@ -168,9 +181,14 @@ def gateways_of(
     def line(channel: Channel) -> Line:
         config = configs.get(channel.provider)
         per_second = config.per_second if config is not None else None
+
+        def provider() -> Provider:
+            return Provider(channel.provider, config.weight if config is not None else 1.0, channel.routes)
+
         return Line(
             channel=channel,
-            provider=Provider(channel.provider, config.weight if config is not None else 1.0, channel.routes),
+            provider=provider(),
+            services={route: provider() for route in sorted(channel.routes or ()) if service_of(route)},
             free=min(channel.max_open, (config.max_open if config is not None else None) or max_open),
             pace=Pace(None if per_second is None else per_second * lane_share),
             per_day=config.per_day if config is not None else None,

@@ -60,8 +60,9 @@ class Metrics:
         self.store_paused = gauge("store_paused_partitions", "Partitions of the projection that wait for PostgreSQL.")
         self.waiting = gauge("waiting_deliveries", "Deliveries that wait to be tried again.", "channel")
         self.clock_difference = gauge("clock_difference_seconds", "How far this machine's clock is ahead of the registry's.")
-        self.provider_out = gauge("provider_out", "1 while nobody but a probe is sent to a provider.", "channel", "provider")
-        self.provider_share = gauge("provider_share", "The part of a channel's deliveries that a provider is given.", "channel", "provider")
+        of_provider = ("channel", "provider", "service")  # service: which of those behind it that fail apart, or empty
+        self.provider_out = gauge("provider_out", "1 while nobody but a probe is sent to a provider.", *of_provider)
+        self.provider_share = gauge("provider_share", "The part of a channel's deliveries that a provider is given.", *of_provider)
         self.unknown = gauge("unknown_deliveries", "Deliveries that may have arrived, and nothing has settled it yet.", "channel")
         self.settled = counter("settled_total", "Deliveries of unknown end that a provider's report settled.", "channel", "status")
         self.bounces = counter("bounces_total", "Mails that came back, by what they were.", "outcome")

@@ -29,9 +29,8 @@ from schemas import topics
 from schemas.errors import SettingsError
 from schemas.ids import partition_of, partition_of_notification
 from streams.roles import Role
-from streams.runner import PROGRESS
 from streams.topics import DEAD_MAX_BYTES, Count, TopicSpec, physical
-from streams.topology import TOPOLOGY, Step, all_topics
+from streams.topology import PROGRESS, TOPOLOGY, Step, all_topics
 from streams.transport.admin import TopicFacts, committed_offsets, offset_bounds, topic_facts
 from streams.transport.changelog import read_to_end
 from streams.transport.cluster import Cluster

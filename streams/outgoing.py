@@ -78,6 +78,10 @@ class Outgoing:
         self.ready.extendleft(job for job in reversed(due) if not job.outages)
         self.ready.extend(job for job in due if job.outages)
 
+    def routes(self) -> set[str | None]:
+        """Return the routes of what is ready or waits."""
+        return {job.delivery.route for job in (*self.ready, *(job for _, _, job in self.waiting))}
+
     def take_out(self, is_wanted: Callable[[Job], bool]) -> list[Job]:
         """Remove and return the deliveries, ready or waiting, that are wanted."""
         found = [job for job in (*self.ready, *(job for _, _, job in self.waiting)) if is_wanted(job)]

@@ -32,7 +32,7 @@ from schemas.errors import NotifyError, RegistryUnavailableError, RetryableError
 from streams.metrics import Metrics
 from streams.runs import DeadRun, Passage
 from streams.topics import DEAD_MAX_BYTES, TopicSpec
-from streams.topology import Step
+from streams.topology import PROGRESS, Step
 from streams.transport.admin import offset_bounds
 from streams.transport.changelog import read_to_end
 from streams.transport.cluster import Cluster, leave
@@ -49,7 +49,6 @@ DRAIN_SECONDS = 20.0  # longer than any call to a provider
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 _MISSING: Any = object()
 PROVIDER_HEADER = "provider"
-PROGRESS = "progress"
 
 Decide = Callable[[Any, Source, Mapping[str, Mapping[bytes, bytes]]], Effects]
 Decode = Callable[[Record], Any]

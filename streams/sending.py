@@ -133,7 +133,7 @@ class SendingShard(Shard):
         now = time.monotonic()
         found: dict[str, tuple[int, bool]] = {}
         for channel, out in self._outgoing.items():
-            is_held = bool(out.ready or out.waiting) and self._providers.gateways[channel].is_held()
+            is_held = self._providers.gateways[channel].is_held(out.routes())
             found[channel] = (len(out.waiting) + (len(out.ready) if out.stuck_until > now and out.ready else 0), is_held)
         return found
 

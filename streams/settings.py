@@ -219,7 +219,7 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_REGISTRY_KEY_FILE": "its private key, in PEM",
     "NOTIFY_REGISTRY_KEY_PASSWORD": "what opens the private key; secret",
     "NOTIFY_SEAL_KEY": "32 bytes in base64 that wrap the users' keys; secret, the same for all workers",
-    "NOTIFY_TOKEN_KEY": "at least 32 bytes in base64 that sign the web's bearer tokens; secret",
+    "NOTIFY_TOKEN_KEY": "at least 32 bytes in base64 that sign bearer tokens, links to unsubscribe and return paths; secret, alike for all",
     "NOTIFY_SMTP_URL": "the mail server: smtp://, smtp+starttls:// or smtps://[user:password@]host:port; secret; senders need it",
     "NOTIFY_MAIL_FROM": "the sender of mails, a mailbox such as FlowMart <notifications@flowmart.example>",
     "NOTIFY_DATA_DIR": "a folder for what may be lost: the cache of schemas; default ~/.local/share/flowmart-notify",

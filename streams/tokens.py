@@ -10,8 +10,6 @@ import re
 import time
 from dataclasses import dataclass
 
-import jwt
-
 ISSUER = "flowmart-notifications"
 AUDIENCE = "flowmart-notifications-web"
 SERVICE_SCOPE = "service"
@@ -50,6 +48,8 @@ def issue(key: bytes, *, user_id: str | None, service: str | None = None, lifeti
 
     Raises ValueError for an empty user id, and for a name that is none or goes with a user.
     """
+    import jwt  # here, as below: PyJWT brings X.509, and of the workers views alone has tokens
+
     if user_id == "":
         raise ValueError("a token needs a user id, or None for a service")
     if service is not None and (user_id is not None or not _SERVICE_NAME.fullmatch(service)):
@@ -64,6 +64,8 @@ def issue(key: bytes, *, user_id: str | None, service: str | None = None, lifeti
 
 def verify(key: bytes, header_value: str | None) -> Caller:
     """Return who sent the Authorization header `header_value`. Raises UnauthorizedError."""
+    import jwt
+
     if not header_value:
         raise UnauthorizedError("a bearer token is required")
     if len(header_value) > MAX_HEADER_CHARACTERS:

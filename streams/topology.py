@@ -23,6 +23,9 @@ TO_RECIPIENTS = tuple(topic for topic in DELIVER if topic not in TO_SUBSCRIBERS)
 FORWARD = "forward"
 
 
+PROGRESS = "progress"  # the table of watermarks
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """An agent, what it reads (most urgent first), its tables and what it writes.
@@ -44,7 +47,7 @@ class Step:
     def changelogs(self) -> dict[str, str]:
         """Return table → changelog topic, as agents know topics."""
         own = f"{self.role}.{self.name}."
-        return {"progress": f"{own}progress", **{table: log or f"{own}{table}" for table, log in self.tables}}
+        return {PROGRESS: f"{own}{PROGRESS}", **{table: log or f"{own}{table}" for table, log in self.tables}}
 
 
 def _sender(lane: Lane) -> Step:

@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 from channels.config import Ports
 from schemas.messages import Delivery, DeliveryReport
 
+RETURN_KEY = b"r" * 32
+
 
 async def _nobody(_report: DeliveryReport) -> None:
     raise AssertionError("no report was expected")
@@ -21,4 +23,11 @@ def no_ports(
     callback_url: Callable[[str], str | None] = lambda _provider: None,
 ) -> Ports:
     """Return ports that publish nothing and know no page, except for what is given."""
-    return Ports(mail_from=mail_from, max_open=max_open, report=report, unsubscribe_url=unsubscribe_url, callback_url=callback_url)
+    return Ports(
+        mail_from=mail_from,
+        max_open=max_open,
+        report=report,
+        unsubscribe_url=unsubscribe_url,
+        callback_url=callback_url,
+        return_key=RETURN_KEY,
+    )

@@ -77,9 +77,9 @@ def preview(
         version = templates.version(found.template)
         channels: dict[str, dict[str, object]] = {str(each): dict(parts) for each, parts in rendered.items()}
         if Channel.SMS in rendered:
-            from channels.sms import segments
+            from channels.sms import fitted
 
-            sent = segments(rendered[Channel.SMS]["text"])
+            sent = fitted(rendered[Channel.SMS]["text"])
             channels[Channel.SMS] |= {"encoding": sent.encoding, "segments": len(sent.parts)}
         console.print_document(
             {"rule": found.name, "ruleVersion": found.version, "templateVersion": version, "data": facts, "channels": channels}
@@ -137,9 +137,9 @@ def _told_of_stock(source: KnownSource) -> Iterator[tuple[str, Mapping[str, str]
 
 def _cost(text: str) -> str:
     """Say what a text message costs, such as GSM-7, 2 segments, 171 of 2 x 153 characters."""
-    from channels.sms import segments
+    from channels.sms import fitted
 
-    sent = segments(text)
+    sent = fitted(text)
     count, used = len(sent.parts), sum(map(sent.used, sent.parts))
     room = str(sent.room) if count == 1 else f"{count} x {sent.room}"
     return f"{sent.encoding}, {count} segment{'' if count == 1 else 's'}, {used} of {room} characters"

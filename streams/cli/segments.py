@@ -53,7 +53,9 @@ def segments(
         elif found.text != given:
             console.warn("Some characters were replaced, so that it fits the GSM alphabet.")
     if len(found.parts) > MAX_SEGMENTS:
-        console.warn(f"More than {MAX_SEGMENTS} segments: providers reject it as too_long, unless their max_segments says otherwise.")
+        console.warn(
+            f"More than {MAX_SEGMENTS} segments: providers cut it after the last of them, unless their max_segments says otherwise."
+        )
 
 
 def _table(found: Segmented) -> Table:

@@ -238,11 +238,7 @@ class UserNotifications(Page):
 
     async def get(self, request: web.Request, user_id: str) -> web.Response:
         """Answer with GetUserNotifications."""
-        site, caller = request.app[SITE], caller_of(request)
-        if len(user_id) > MAX_USER_ID_CHARACTERS:
-            raise bad_parameter("userId", f"1 to {MAX_USER_ID_CHARACTERS} characters")
-        if not caller.may_see(user_id):
-            raise ProblemError(ProblemType.NOT_FOUND, "there is no such inbox")
+        site = _site_of_inbox(request, user_id)
         show = _parameter(request, "status") or Show.ALL
         if show not in set(Show):
             raise bad_parameter("status", " or ".join(sorted(Show)))
@@ -273,11 +269,7 @@ class Unread(Page):
 
     async def get(self, request: web.Request, user_id: str) -> web.Response:
         """Answer with `userId`, `unread`, and `isWhole`: false where older ones could not be counted."""
-        site, caller = request.app[SITE], caller_of(request)
-        if len(user_id) > MAX_USER_ID_CHARACTERS:
-            raise bad_parameter("userId", f"1 to {MAX_USER_ID_CHARACTERS} characters")
-        if not caller.may_see(user_id):
-            raise ProblemError(ProblemType.NOT_FOUND, "there is no such inbox")
+        site = _site_of_inbox(request, user_id)
         try:
             return json_answer(await site.queries.unread(user_id))
         except ElsewhereError as elsewhere:
@@ -383,6 +375,16 @@ async def body_of(request: web.Request, *, most: int) -> bytes:
         if len(body) > most:
             raise problem
     return bytes(body)
+
+
+def _site_of_inbox(request: web.Request, user_id: str) -> Site:
+    """Return the site, if the caller may see the user's inbox. Raises ProblemError."""
+    caller = caller_of(request)
+    if len(user_id) > MAX_USER_ID_CHARACTERS:
+        raise bad_parameter("userId", f"1 to {MAX_USER_ID_CHARACTERS} characters")
+    if not caller.may_see(user_id):
+        raise ProblemError(ProblemType.NOT_FOUND, "there is no such inbox")
+    return request.app[SITE]
 
 
 def caller_of(request: web.Request) -> tokens.Caller:

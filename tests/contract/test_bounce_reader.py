@@ -13,15 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from channels.bounces import return_path
 from channels.simulators.smtp import Message, bounce
 from schemas.messages import DeliveryReport
 from streams.bounces import BounceReader
 from streams.mailbox import Mailbox, parse_mailbox
 from streams.metrics import Metrics
 from streams.roles import Role
+from tests.ports import RETURN_KEY
 
 REFERENCE = "0123456789abcdef0123456789abcdef-email.0@shop.example"
-SENT = Message(REFERENCE, "bounces+x@b.example", ("a@b.example",), f"Message-ID: <{REFERENCE}>\r\n\r\n".encode(), 0.0)
+RETURN_PATH = return_path(REFERENCE, domain="b.example", key=RETURN_KEY) or ""
+SENT = Message(REFERENCE, RETURN_PATH, ("a@b.example",), f"Message-ID: <{REFERENCE}>\r\n\r\n".encode(), 0.0)
+FORGED = bounce(replace(SENT, sender=f"bounces+{REFERENCE.partition('@')[0]}.aaaaaaaaaa@b.example"), "a@b.example")
 AWAY = b"Subject: out of office\r\n\r\nI am away.\r\n"
 
 
@@ -72,11 +76,12 @@ async def serving(server: Server) -> AsyncIterator[Mailbox]:
         yield parse_mailbox(f"imap://u:secret@127.0.0.1:{listening.sockets[0].getsockname()[1]}")
 
 
-def reading(mailbox: Mailbox, reports: list[DeliveryReport]) -> BounceReader:
+def reading(mailbox: Mailbox, reports: list[DeliveryReport], metrics: Metrics | None = None) -> BounceReader:
     async def publish(report: DeliveryReport) -> None:
         reports.append(report)
 
-    return BounceReader(mailbox, domain="shop.example", publish=publish, is_ours=lambda: True, metrics=Metrics(Role.SIGNALS))
+    metrics = metrics or Metrics(Role.SIGNALS)
+    return BounceReader(mailbox, domain="shop.example", key=RETURN_KEY, publish=publish, is_ours=lambda: True, metrics=metrics)
 
 
 async def test_what_is_not_understood_is_flagged_where_no_folder_can_be_made_and_not_read_again() -> None:
@@ -88,6 +93,20 @@ async def test_what_is_not_understood_is_flagged_where_no_folder_can_be_made_and
         assert server.flags == {1: {"Flagged"}}
         assert await reader.look() == 0
     assert [report.reference for report in reports] == [REFERENCE]
+
+
+async def test_a_report_that_anybody_could_have_written_is_kept_counted_and_logged_and_reports_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reports: list[DeliveryReport] = []
+    metrics = Metrics(Role.SIGNALS)
+    server = Server({1: FORGED})
+    async with serving(server) as mailbox:
+        assert await reading(mailbox, reports, metrics).look() == 1
+    assert (reports, server.flags) == ([], {1: {"Flagged"}})
+    assert metrics.registry.get_sample_value("notify_bounces_total", {"outcome": "unsigned"}) == 1
+    assert "bounce.unsigned" in caplog.text
+    assert "b.example" not in caplog.text
 
 
 async def test_an_access_token_logs_in_and_is_read_anew(tmp_path: Path) -> None:

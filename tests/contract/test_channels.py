@@ -13,7 +13,7 @@ from email import message_from_bytes, policy
 from email.header import decode_header, make_header
 from email.utils import parseaddr
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from aiosmtpd.smtp import SMTP
@@ -44,6 +44,7 @@ from schemas.errors import (
 )
 from schemas.messages import Content, Delivery
 from schemas.status import Status
+from tests.calling import delivery_on, failure_of, is_a
 from tests.ports import no_ports
 from tests.smtp_server import Drop, Hold, Reply, SmtpServer, Stage
 
@@ -60,21 +61,8 @@ SENDER = "FlowMart <no-reply@shop.example>"
 NOW = dt.datetime(2026, 3, 1, 12, 30, tzinfo=dt.UTC)
 
 
-def a_delivery(number: int = 1, *, generation: int = 0, attempt: int = 1, channel: str = "email") -> Delivery:
-    return Delivery(
-        delivery_id=f"{number:032x}-{channel}",
-        notification_id=f"{number:032x}",
-        user_id="u-1",
-        channel=channel,
-        lane="normal",
-        rule="payment-received",
-        category="payments",
-        generation=generation,
-        attempt=attempt,
-        sealed=b"",
-        accepted_at=NOW,
-        created_at=NOW,
-    )
+def a_delivery(number: int = 1, *, channel: str = "email", **changes: Any) -> Delivery:
+    return delivery_on(channel, number, accepted_at=NOW, created_at=NOW, **changes)
 
 
 def a_content(**changes: str | None) -> Content:
@@ -128,17 +116,7 @@ async def email(server: SmtpServer) -> AsyncIterator[EmailChannel]:
 
 
 async def failure(channel: Channel, delivery: Delivery | None = None, content: Content | None = None) -> NotifyError:
-    """Return the error of a send, having seen that it tells nothing about anybody."""
-    with pytest.raises(NotifyError) as caught:
-        await channel.send(delivery or a_delivery(), content or a_content())
-    told = "".join(traceback.format_exception(caught.value)) + repr(caught.value)
-    assert "planted" not in told
-    return caught.value
-
-
-def is_a(error: NotifyError, kind: type[NotifyError], code: str) -> bool:
-    assert isinstance(error, ProviderError | SendUnknownError)
-    return (type(error), error.code) == (kind, code)
+    return await failure_of(channel, delivery or a_delivery(), content or a_content())
 
 
 # --- what every channel promises -------------------------------------------------------------------------------------

@@ -39,8 +39,9 @@ from schemas.errors import (
     SettingsError,
 )
 from schemas.status import Status, Suppression
-from tests.contract.test_channels import a_content, a_delivery, certificate, failure, is_a, server_side
-from tests.ports import no_ports
+from tests.calling import is_a
+from tests.contract.test_channels import a_content, a_delivery, certificate, failure, server_side
+from tests.ports import RETURN_KEY, no_ports
 from tests.smtp_server import Drop, SmtpServer
 from tests.smtp_server import Reply as Say
 from tests.smtp_server import Stage as Moment
@@ -202,7 +203,8 @@ async def test_the_envelope_names_the_delivery_for_whoever_sends_it_back(peer: S
     await email.send(delivery, a_content())
     (message,) = peer.messages
     reference = email.reference_of(delivery, None)
-    assert message.sender == f"bounces+{delivery.delivery_id}.2@bounces.shop.example"
+    assert message.sender == return_path(reference, domain="bounces.shop.example", key=RETURN_KEY)
+    assert message.sender.startswith(f"bounces+{delivery.delivery_id}.2.")
     assert message.envelope_id == message.id == reference
 
 
@@ -222,8 +224,10 @@ async def test_every_provider_sends_a_delivery_under_the_same_message_id(peer: S
 
 
 def test_a_delivery_id_that_is_too_long_for_an_address_has_no_return_path_of_its_own() -> None:
-    assert return_path("x" * 56 + "@shop.example", "b.example") == "bounces+" + "x" * 56 + "@b.example"
-    assert return_path("x" * 57 + "@shop.example", "b.example") is None
+    longest = return_path("x" * 45 + "@shop.example", domain="b.example", key=RETURN_KEY)
+    assert longest is not None
+    assert len(longest.partition("@")[0]) == 64  # RFC 5321 section 4.5.3.1.1
+    assert return_path("x" * 46 + "@shop.example", domain="b.example", key=RETURN_KEY) is None
 
 
 # --- login -----------------------------------------------------------------------------------------------------------
@@ -487,7 +491,7 @@ async def test_what_bounces_comes_back_to_its_return_path_and_is_read_as_the_del
         await reports(peer, number + 1)
         back = peer.reports[-1]
         assert back.recipient == peer.messages[-1].sender
-        (report,) = read_reports(back.raw, domain="shop.example", at=dt.datetime.now(dt.UTC))
+        (report,) = read_reports(back.raw, domain="shop.example", key=RETURN_KEY, at=dt.datetime.now(dt.UTC))
         assert (report.provider, report.reference) == (email.reported_as, email.reference_of(delivery, None))
         assert (report.status, report.code, report.suppresses) == (status, code, suppresses)
 

@@ -8,9 +8,10 @@ import datetime as dt
 import logging
 import threading
 import traceback
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,13 @@ from hypothesis import strategies as st
 
 from channels import smpp, smpp_pdu
 from channels.base import Channel, OnUnknown
-from channels.config import ProviderConfig, parse_providers
 from channels.simulators.authority import make_authority
-from channels.simulators.script import Script
-from channels.simulators.smpp import SmppSimulator, text_of
+from channels.simulators.script import Behaviour, Script
+from channels.simulators.smpp import Segment, SmppSimulator, text_of
 from channels.smpp import ReceiptIds, SmppChannel, parse_receipt, source_of
 from channels.smpp_pdu import Address, Command, Pdu, Short, Status, Tag, WireError
 from schemas.errors import (
     NotifyError,
-    ProviderError,
     ProviderRefusedError,
     ProviderRejectedError,
     ProviderThrottledError,
@@ -39,11 +38,14 @@ from schemas.errors import (
     SendUnknownError,
     SettingsError,
 )
-from schemas.messages import Content, Delivery, DeliveryReport
+from schemas.messages import Content, Delivery, DeliveryReport, ProviderReference
 from schemas.status import Status as DeliveryStatus
 from schemas.status import Suppression
+from tests.calling import config_of, delivery_on, failure_of, is_a, opened
 from tests.jsmpp import JsmppServer
 from tests.ports import no_ports
+from tests.unit.test_receipts import REFERENCE
+from tests.unit.test_receipts import Desk as Matching
 from tests.waiting import eventually
 
 NUMBER = "+4915123456789"
@@ -52,24 +54,7 @@ LONG = "planted text of several segments, each joined to the others. " * 6  # 3 
 EMOJI = "\N{GRINNING FACE}"
 
 
-def a_delivery(number: int = 1, **changes: Any) -> Delivery:
-    now = dt.datetime.now(dt.UTC)
-    delivery = Delivery(
-        delivery_id=f"{number:032x}-sms",
-        notification_id=f"{number:032x}",
-        user_id="u-1",
-        channel="sms",
-        lane="normal",
-        rule="payment-received",
-        category="payments",
-        generation=0,
-        attempt=1,
-        sealed=b"",
-        accepted_at=now,
-        created_at=now,
-        route="DE",
-    )
-    return replace(delivery, **changes)
+a_delivery = partial(delivery_on, "sms", route="DE")
 
 
 def a_content(text: str | None = BODY, address: str = NUMBER) -> Content:
@@ -98,25 +83,11 @@ def desk() -> Desk:
     return Desk()
 
 
-def config_of(url: str, **environment: str) -> ProviderConfig:
-    (config,) = parse_providers(url, environment)
-    return config
-
-
 def a_channel(url: str, desk: Desk | None = None, *, max_open: int = 32, **limits: float) -> SmppChannel:
     """Return the channel that a URL describes; `limits` are those of its carrier."""
     channel = smpp.build(config_of(url), no_ports(max_open=max_open, report=desk or Desk()))
     channel._carrier = replace(channel._carrier, **limits)  # type: ignore[arg-type]  # by name
     return channel
-
-
-@asynccontextmanager
-async def opened(channel: SmppChannel) -> AsyncIterator[SmppChannel]:
-    await channel.open()
-    try:
-        yield channel
-    finally:
-        await channel.close()
 
 
 @pytest.fixture
@@ -133,18 +104,7 @@ async def channel(carrier: SmppSimulator, desk: Desk) -> AsyncIterator[SmppChann
 
 
 async def failure(channel: Channel, content: Content | None = None, delivery: Delivery | None = None) -> NotifyError:
-    """Return the error of a send, having seen that it tells nothing about anybody."""
-    with pytest.raises(NotifyError) as caught:
-        await channel.send(delivery or a_delivery(), content or a_content())
-    told = "".join(traceback.format_exception(caught.value)) + repr(caught.value)
-    assert "planted" not in told
-    assert NUMBER.removeprefix("+") not in told
-    return caught.value
-
-
-def is_a(error: NotifyError, kind: type[NotifyError], code: str) -> bool:
-    assert isinstance(error, ProviderError | SendUnknownError)
-    return (type(error), error.code) == (kind, code)
+    return await failure_of(channel, delivery or a_delivery(), content or a_content(), NUMBER.removeprefix("+"))
 
 
 # --- what is sent ----------------------------------------------------------------------------------------------------
@@ -161,6 +121,8 @@ def is_a(error: NotifyError, kind: type[NotifyError], code: str) -> bool:
         ("€" * 459, "€" * 459, 7),
         ("я" * 66 + EMOJI + "я" * 66, "я" * 66 + EMOJI + "я" * 66, 3),
         (LONG, LONG, 3),
+        ("a" * 1_400, "a" * 1_374 + "...", 9),
+        ("…" * 460, "..." * 459, 9),
     ],
 )
 async def test_a_text_arrives_as_it_was_written(carrier: SmppSimulator, desk: Desk, text: str, shown: str, segments: int) -> None:
@@ -168,7 +130,7 @@ async def test_a_text_arrives_as_it_was_written(carrier: SmppSimulator, desk: De
         receipt = await channel.send(a_delivery(), a_content(text))
         (message,) = carrier.messages
         assert (message.text, message.segments, message.recipient, message.sender) == (shown, segments, NUMBER, "FlowMart")
-        assert receipt.reference == message.message_id == carrier.segments[-1].message_id
+        assert receipt.reference == " ".join(segment.message_id for segment in carrier.segments)
         assert receipt.status is DeliveryStatus.SENT
 
 
@@ -221,7 +183,6 @@ def test_a_sender_is_a_number_a_short_code_or_a_name(text: str, address: Address
     [
         (a_content(address="planted"), "address"),
         (a_content(address="+49151"), "address"),
-        (a_content("planted " * 200), "too_long"),
         (a_content(None), "content"),
         (a_content(""), "content"),
         (a_content(address="+33612345678"), "country_not_allowed"),
@@ -323,7 +284,9 @@ async def test_the_last_segment_is_handed_over_when_all_others_were_accepted(car
             await channel.send(a_delivery(number), a_content(LONG))
     ends = [segment.short.message[5] for segment in carrier.segments]
     assert 0 < ends.count(3) <= len(carrier.messages) < 30
-    assert all(segment.short.registered_delivery == (segment.short.message[5] == 3) for segment in carrier.segments)
+    # each is reported on, and only the last one carries the mark by which a message is found that may have been sent
+    assert all(segment.short.registered_delivery == 1 for segment in carrier.segments)
+    assert all((Tag.USER_MESSAGE_REFERENCE in segment.short.tlvs) == (segment.short.message[5] == 3) for segment in carrier.segments)
 
 
 async def test_a_connection_that_breaks_leaves_all_that_were_handed_over_unknown(carrier: SmppSimulator, desk: Desk) -> None:
@@ -538,13 +501,93 @@ async def test_closing_while_it_binds_ends_the_attempt_and_who_waits_for_it(carr
 
 
 async def test_a_receipt_reports_the_delivery_under_its_reference(carrier: SmppSimulator, channel: SmppChannel, desk: Desk) -> None:
-    receipt = await channel.send(a_delivery(), a_content(LONG))
+    receipt = await channel.send(a_delivery(), a_content())
     await eventually(lambda: carrier.acknowledged == 1)
     (report,) = desk.reports
     assert report.reference == channel.reference_of(a_delivery(), receipt) == receipt.reference
     assert (report.provider, report.status, report.code, report.suppresses) == ("smpp", "delivered", "DELIVRD", None)
     assert channel.reference_of(a_delivery(), None) is None
     assert "planted" not in repr(report)
+
+
+class Bounced(SmppSimulator):
+    """Reports in `states` on the segments of a message, by their number."""
+
+    states: Mapping[int, Behaviour] = {}
+
+    def _report(self, segment: Segment, behaviour: Behaviour) -> None:
+        super()._report(segment, self.states.get(segment.short.message[5], behaviour))
+
+
+async def status_of(carrier: SmppSimulator, script: Script, *, receivers: int = 1) -> list[str]:
+    """Return what becomes of a long message by its receipts, as whoever matches them says, each time that it is said."""
+    desk, matcher = Desk(), Matching()
+    carrier.script = script
+    async with AsyncExitStack() as stack:
+        channels = [await stack.enter_async_context(opened(a_channel(carrier.url, desk))) for _ in range(receivers)]
+        await eventually(lambda: carrier.binds == receivers)
+        receipt = await channels[0].send(a_delivery(), a_content(LONG))
+        reference = channels[0].reference_of(a_delivery(), receipt)
+        assert reference is not None
+        expected = 6 if script.receipts_doubled else 3
+        await eventually(lambda: carrier.acknowledged == expected)
+    reports = [replace(report, status=str(report.status)) for report in desk.reports]  # as they come from Kafka
+    known = replace(REFERENCE, provider="smpp", reference=reference, channel="sms")
+    told: list[ProviderReference | DeliveryReport] = [known, *reports] if script.receipts_delay else [*reports, known]
+    for message in told:
+        matcher.tell(message)
+    return [change.status for change in matcher.changes]
+
+
+@pytest.mark.parametrize("script", [Script(receipts_delay=0.05), Script(receipts_first=1), Script(receipts_doubled=1)])
+@pytest.mark.parametrize("receivers", [1, 3])
+async def test_a_long_message_is_delivered_when_all_segments_are(carrier: SmppSimulator, script: Script, receivers: int) -> None:
+    assert await status_of(carrier, script, receivers=receivers) == ["delivered"]
+
+
+@pytest.mark.parametrize("script", [Script(receipts_delay=0.05), Script(receipts_first=1), Script(receipts_doubled=1)])
+@pytest.mark.parametrize("number", [1, 2, 3])
+async def test_a_long_message_of_which_one_segment_bounces_has_bounced(script: Script, number: int) -> None:
+    async with Bounced() as carrier:
+        carrier.states = {number: Behaviour.BOUNCE}
+        assert await status_of(carrier, script) == ["bounced"]
+
+
+async def test_a_long_message_of_unknown_end_is_found_with_all_of_its_segments(desk: Desk) -> None:
+    class Vague(SmppSimulator):
+        """Answers to all segments but the last of a message."""
+
+        def _end(self, peer: Any, pdu: Pdu, short: Short | None, refusal: Status | None, behaviour: Behaviour) -> None:
+            is_last = short is not None and short.message[5] == short.message[4]
+            super()._end(peer, pdu, short, refusal, Behaviour.TIME_OUT if is_last else behaviour)
+
+    async with Vague() as carrier, opened(a_channel(carrier.url, desk, answer_seconds=0.1)) as channel:
+        assert type(await failure(channel, a_content(LONG))) is SendUnknownError
+        await eventually(lambda: carrier.acknowledged == 3)
+        found = await channel.look_up(a_delivery(), a_content(LONG))
+        assert found is not None
+        assert channel.reference_of(a_delivery(), found) == " ".join(segment.message_id for segment in carrier.segments)
+
+
+async def test_a_message_that_was_not_completed_is_not_taken_for_sent_by_receipts_of_its_segments(desk: Desk) -> None:
+    class Full(SmppSimulator):
+        """Has no room for the last segment of a message."""
+
+        def _end(self, peer: Any, pdu: Pdu, short: Short | None, refusal: Status | None, behaviour: Behaviour) -> None:
+            is_last = short is not None and short.message[5] == short.message[4]
+            super()._end(peer, pdu, short, Status.ESME_RMSGQFUL if is_last else refusal, behaviour)
+
+    async with Full() as carrier, opened(a_channel(carrier.url, desk)) as channel:
+        assert is_a(await failure(channel, a_content(LONG)), ProviderThrottledError, "ESME_RMSGQFUL")
+        await eventually(lambda: carrier.acknowledged == 2)
+        assert await channel.look_up(a_delivery(), a_content(LONG)) is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "reference"), [(["a"], "a"), (["a", "b"], "a b"), (["a", "a"], "a"), (["a", None], None), ([None], None), ([], None)]
+)
+def test_a_messages_reference_is_the_ids_of_all_segments(ids: list[str | None], reference: str | None) -> None:
+    assert smpp._reference(ids) == reference
 
 
 async def test_a_message_that_cannot_be_delivered_bounces(carrier: SmppSimulator, channel: SmppChannel, desk: Desk) -> None:
@@ -852,8 +895,9 @@ async def test_jsmpp_takes_texts_of_both_alphabets_and_its_receipts_are_matched(
             await channel.send(a_delivery(number), a_content(text))
             for number, text in enumerate(("planted {€} Grüße", "日本語 " + EMOJI, LONG, "я" * 300))
         ]
-        references = {channel.reference_of(a_delivery(), receipt) for receipt in receipts}
-        assert len(references) == 4
+        found = [channel.reference_of(a_delivery(), receipt) for receipt in receipts]
+        assert [len((each or "").split()) for each in found] == [1, 1, 3, 5]
+        references = {part for each in found for part in (each or "").split()}
         # receipts of what is sent by others to the same simulator are not ours
         await eventually(lambda: references <= {report.reference for report in desk.reports}, seconds=30)
     assert {report.status for report in desk.reports if report.reference in references} == {"delivered"}

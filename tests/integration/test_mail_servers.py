@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import pkcs12
 from cryptography.x509.oid import NameOID
 
+from channels.bounces import return_path
 from channels.config import smtp_provider
 from channels.email import EmailChannel, build
 from channels.simulators.script import Script
@@ -35,7 +36,7 @@ from streams.metrics import Metrics
 from streams.roles import Role
 from tests.harness import wait_for
 from tests.mail_servers import GreenMail, greenmail, postfix
-from tests.ports import no_ports
+from tests.ports import RETURN_KEY, no_ports
 from tests.smtp_server import Reply, SmtpServer, Stage
 
 SENDER = "FlowMart <no-reply@shop.example>"
@@ -167,6 +168,7 @@ def reading(mailbox: Mailbox, kafka: Kafka, *, is_ours: Callable[[], bool] = lam
     return BounceReader(
         mailbox,
         domain="shop.example",
+        key=RETURN_KEY,
         publish=kafka.publish,
         is_ours=is_ours,
         metrics=metrics or Metrics(Role.SIGNALS),
@@ -319,7 +321,7 @@ async def test_postfix_queues_what_its_peer_refuses_and_delivers_it_later(relay:
         await until(lambda: peer.messages, "the mail delivered")
         assert peer.commands.count("RCPT") == 2
         (message,) = peer.messages
-        assert message.sender == f"bounces+{delivery.delivery_id}.0@bounces.shop.example"
+        assert message.sender == return_path(channel.reference_of(delivery, None), domain="bounces.shop.example", key=RETURN_KEY)
         assert f"Message-ID: <{channel.reference_of(delivery, None)}>".encode() in message.raw
 
 

@@ -21,9 +21,8 @@ from schemas.messages import DecisionRecord, EngagementSignal
 from streams.cli.wire import Wire
 from streams.embedded.stack import Stack
 from streams.migration import PLACED, Kind, Migration
-from streams.runner import PROGRESS
 from streams.topics import Count, specs
-from streams.topology import TOPOLOGY
+from streams.topology import PROGRESS, TOPOLOGY
 from tests.harness import ROOT, System, system, wait_for
 from tests.integration.test_guarantees import identity, inbox_of, mailing, of_run, payment
 

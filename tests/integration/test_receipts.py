@@ -11,10 +11,11 @@ from functools import partial
 import pytest
 from confluent_kafka import Producer
 
+from agents.receipts import report_key
 from agents.sender import Attempt, AttemptState
 from schemas import topics
 from schemas.ids import notification_id
-from schemas.messages import DecisionRecord, Delivery, DeliveryReport, NotificationRequested, StatusChange
+from schemas.messages import DecisionRecord, Delivery, DeliveryReport, NotificationRequested, ProviderReference, StatusChange
 from schemas.status import Status, order
 from schemas.topics import Channel, Lane
 from streams.embedded.stack import Stack
@@ -37,9 +38,9 @@ def reference(delivery: Delivery) -> str:
     return f"{delivery.delivery_id}.{delivery.generation}@flowmart.example"
 
 
-def report(made: System, *deliveries: Delivery, status: str = "delivered", code: str | None = None, suppresses: str | None = None) -> None:
+def report(made: System, *about: Delivery | str, status: str = "delivered", code: str | None = None, suppresses: str | None = None) -> None:
     said = {"provider": "email", "status": status, "code": code, "suppresses": suppresses, "at": datetime.now(UTC).isoformat()}
-    lines = [{**said, "reference": reference(each)} for each in deliveries]
+    lines = [{**said, "reference": reference(each) if isinstance(each, Delivery) else each} for each in about]
     done = made.notify("receipts", "load", "-", "--json", stdin="".join(json.dumps(line) + "\n" for line in lines))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["published"] == len(lines)
@@ -95,6 +96,40 @@ def test_bounced_beats_delivered_in_either_order(running: System) -> None:
             wait_for(partial(has, running, each, status), seconds=30, what=status)
     assert [current(running, each).status for each in (first, second)] == ["bounced", "bounced"]
     assert current(running, first).reason == "5.1.1"
+
+
+def test_a_message_in_parts_is_delivered_when_the_reports_on_all_parts_have_met(running: System) -> None:
+    whole, ill = a_delivery("parts", "parts"), a_delivery("ill", "ill")
+    deliver(running, whole, ill)
+    for each in (whole, ill):
+        await_status(running, each, "sent")
+    report(running, "part-a", "ill-a")  # before anybody knows whose they are
+    for each, parts in ((whole, "part-a part-b part-c"), (ill, "ill-a ill-b")):
+        publish_reference(running, each, parts)
+    report(running, "part-b", "part-b", "part-a", "ill-a")
+    report(running, "ill-b", status="failed", code="REJECTD")
+    assert await_status(running, ill, "failed").reason == "REJECTD"
+    assert not has(running, whole, "delivered")
+    report(running, "part-c")
+    assert await_status(running, whole, "delivered").reference == "part-a part-b part-c"
+    assert not has(running, ill, "delivered")
+
+
+def publish_reference(made: System, delivery: Delivery, text: str) -> None:
+    known = ProviderReference(
+        provider="email",
+        reference=text,
+        notification_id=delivery.notification_id,
+        delivery_id=delivery.delivery_id,
+        user_id=delivery.user_id,
+        channel=delivery.channel,
+        lane=delivery.lane,
+        generation=0,
+        attempt=1,
+        at=datetime.now(UTC),
+    )
+    encoded = codec_of(made, topics.PROVIDER_REFS).encode(known)
+    made.produce(topics.PROVIDER_REFS, [(report_key(known.provider, text), encoded)])
 
 
 def has(made: System, delivery: Delivery, status: str) -> bool:

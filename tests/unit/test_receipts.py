@@ -53,10 +53,19 @@ class Desk:
         self.offset += 1
         key = report_key(message.provider, message.reference)
         topic = topics.RECEIPTS if isinstance(message, DeliveryReport) else topics.PROVIDER_REFS
-        source = KnownSource(topic=topic, partition=partition_of(key, PARTITIONS), offset=self.offset, at=at, key=key)
+        return self._decide(message, KnownSource(topic=topic, partition=partition_of(key, PARTITIONS), offset=self.offset, at=at, key=key))
+
+    def _decide(self, message: ProviderReference | DeliveryReport, source: KnownSource) -> Effects:
         if isinstance(message, DeliveryReport):
-            return self._apply(self.matcher.decide_report(Reported(message, b"raw"), source, self.state))
-        return self._apply(self.matcher.decide_reference(message, source, self.state))
+            effects = self.matcher.decide_report(Reported(message, b"raw"), source, self.state)
+        else:
+            effects = self.matcher.decide_reference(message, source, self.state)
+        self._apply(effects)
+        for output in effects.outputs:
+            if isinstance(output.value, ProviderReference | DeliveryReport):  # sent on to the owner of another key
+                assert output.partition is not None
+                self._decide(output.value, replace(source, topic=output.topic, partition=output.partition, key=output.key))
+        return effects
 
     def expire(self, at: datetime) -> list[SetAside]:
         return self._apply(self.matcher.expire(at, self.state)).set_aside
@@ -146,6 +155,74 @@ def test_any_order_of_references_and_reports_ends_in_the_same_status() -> None:
         for message in sequence:
             desk.tell(message)
         assert (desk.winner.status, desk.winner.attempt) == ("delivered", 2)
+
+
+# a message in three parts: its reference names each of them
+WHOLE = replace(SCOPED, reference="a b c")
+PARTS = [replace(REPORT, reference=part) for part in "abc"]
+
+
+@given(st.permutations([WHOLE, *PARTS, *PARTS]))
+def test_in_any_order_a_message_in_parts_is_delivered_when_the_last_part_is(told: Sequence[ProviderReference | DeliveryReport]) -> None:
+    desk = Desk()
+    for place, message in enumerate(told):
+        so_far = [each.reference for each in told[: place + 1]]
+        desk.tell(message)
+        assert bool(desk.changes) is ({"a b c", "a", "b", "c"} <= set(so_far))
+    (change,) = desk.changes
+    assert (change.status, change.reference, change.delivery_id, change.attempt) == ("delivered", "a b c", "d", 1)
+    assert not desk.state[WAITING]
+
+
+@pytest.mark.parametrize("status", ["bounced", "failed", "expired"])
+@given(st.data())
+def test_what_happens_to_one_part_happens_to_the_message_and_it_is_never_delivered(status: str, data: st.DataObject) -> None:
+    ill = replace(PARTS[1], status=status, code="UNDELIV 001")
+    messages: list[ProviderReference | DeliveryReport] = [WHOLE, WHOLE, PARTS[0], PARTS[2], ill]
+    told = data.draw(st.permutations(messages))
+    desk = Desk()
+    for place, message in enumerate(told):
+        desk.tell(message)
+        so_far = {each.reference for each in told[: place + 1]}
+        assert bool(desk.changes) is ({"a b c", "b"} <= so_far)
+    assert [(change.status, change.reason) for change in desk.changes] == [(status, "UNDELIV 001")]
+
+
+def test_a_part_that_says_that_the_address_is_dead_suppresses_it() -> None:
+    desk = Desk()
+    desk.tell(replace(BOUNCE, reference="c"))
+    desk.tell(WHOLE)
+    assert [order.reason for order in desk.orders] == ["hard_bounce"]
+
+
+def test_a_later_attempt_in_other_parts_is_delivered_by_its_own() -> None:
+    desk = Desk()
+    second = replace(WHOLE, reference="d e", attempt=2)
+    told: list[ProviderReference | DeliveryReport] = [WHOLE, second, *PARTS[:2], replace(REPORT, reference="d")]
+    for message in told:
+        desk.tell(message)
+    assert not desk.changes
+    desk.tell(replace(REPORT, reference="e"))
+    assert [(change.status, change.attempt) for change in desk.changes] == [("delivered", 2)]
+
+
+def test_references_of_parts_are_forgotten_too() -> None:
+    desk = Desk()
+    desk.tell(WHOLE)
+    assert len(desk.state[REFERENCES]) == 4
+    later = NOW + timedelta(seconds=REFERENCE_SECONDS + 1)
+    for number in range(3):
+        desk.tell(replace(REFERENCE, reference=f"other-{number}", at=later), at=later)
+    assert len(desk.state[REFERENCES]) == 3
+
+
+def test_a_report_on_a_part_that_is_on_another_partition_is_sent_on_as_that_parts() -> None:
+    desk = Desk()
+    part, whole = report_key("smtp", "b"), partition_of(report_key("smtp", "a b c"), PARTITIONS)
+    report = replace(REPORT, reference="a b c")
+    source = KnownSource(topic=topics.RECEIPTS, partition=(whole + 1) % PARTITIONS, offset=0, at=NOW, key=part)
+    (output,) = desk.matcher.decide_report(Reported(report, b"raw"), source, desk.state).outputs
+    assert output == (topics.RECEIPTS, part, report, whole)
 
 
 def test_a_report_that_nothing_answers_to_is_a_dead_letter_after_three_days_with_where_it_was_read() -> None:

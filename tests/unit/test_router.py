@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ from agents.control import Control, category_scope
 from agents.ports import Effects, KnownSource, Source
 from agents.router import CHUNK_USERS, KEYS, MAX_DEVICES, MAX_WATCHES, PREFERENCES, SEEN, SUBJECTS, WATCHES, WATCHING, Router
 from agents.triggers import RULES
+from channels.devices import to_base64url
 from schemas.codec import Codec, pack, unpack
 from schemas.errors import InvalidEventError, TemplateError, UnknownRuleError, VersionConflictError
 from schemas.ids import partition_of
@@ -277,6 +279,16 @@ def test_a_device_comes_to_those_that_a_user_has_and_the_oldest_goes_when_there_
     assert contact_of(desk).devices == [f"fcm:{number}" for number in range(MAX_DEVICES)]
     desk.command(sealed=devices(desk))
     assert contact_of(desk).devices == []
+
+
+def test_a_delivery_to_a_browser_says_which_push_service_carries_it() -> None:
+    keys = {"p256dh": to_base64url(b"\x04" + b"k" * 64), "auth": to_base64url(b"a" * 16)}
+    subscription = json.dumps({"endpoint": "https://fcm.googleapis.com/fcm/send/x", "keys": keys})
+    desk = Desk()
+    desk.reach(devices=["apns:00", f"webpush:{subscription}"])
+    desk.command(categories={"payments": {"push": True}})
+    pushed = [delivery.route for delivery in of(desk.ask(request()), Delivery) if delivery.channel == "push"]
+    assert pushed == ["apns", "webpush/fcm.googleapis.com"]
 
 
 def test_a_device_that_is_gone_is_removed_once_and_nothing_else_changes() -> None:

@@ -17,6 +17,7 @@ from channels.sms import (
     carried,
     decode_gsm7,
     encode_gsm7,
+    fitted,
     parse_number,
     route_of,
     segments,
@@ -94,6 +95,38 @@ def test_how_many_segments_are_allowed_can_be_chosen() -> None:
     assert len(segments("a" * 919, most=7).parts) == 7
     with pytest.raises(ProviderRejectedError):
         segments("a" * 161, most=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "sent", "count"),
+    [
+        ("a" * 918, 6, "a" * 918, 6),
+        ("a" * 919, 6, "a" * 915 + "...", 6),
+        ("№" * 396, 6, "No." * 305 + "...", 6),  # as templates cut it, and three times as long in the alphabet
+        ("…" * 396, 6, "..." * 306, 6),
+        ("€" * 457, 6, "€" * 455 + "...", 6),  # 76 in each; 75 and the dots in the last
+        ("я" * 403, 6, "я" * 399 + "...", 6),
+        (EMOJI * 200, 6, EMOJI * (5 * 33 + 32) + "...", 6),
+        ("a" * 160, 1, "a" * 160, 1),
+        ("a" * 161, 1, "a" * 157 + "...", 1),
+        ("a" * 156 + "     b", 1, "a" * 156 + "...", 1),
+        ("x" * 1_000_000, 2, "x" * 303 + "...", 2),
+    ],
+)
+def test_a_text_that_is_too_long_is_cut_in_the_characters_that_are_sent(text: str, most: int, sent: str, count: int) -> None:
+    found = fitted(text, most=most)
+    assert (found.text, len(found.parts)) == (sent, count)
+
+
+@given(st.text("aé…№€ я\n" + EMOJI, max_size=500), st.integers(1, 6), st.sampled_from(Transliterate))
+def test_whatever_is_cut_fits_and_what_fits_is_not_cut(text: str, most: int, kind: Transliterate) -> None:
+    found = fitted(text, transliterate=kind, most=most)
+    assert len(found.parts) <= most
+    assert all(found.used(part) <= found.room for part in found.parts)
+    try:
+        assert found == segments(text, transliterate=kind, most=most)
+    except ProviderRejectedError:
+        assert found.text.endswith("...")
 
 
 @pytest.mark.parametrize(

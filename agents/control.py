@@ -49,7 +49,8 @@ class Control:
 
     def __init__(self, entry: Callable[[str], ControlEntry | None], *, seal_key: bytes) -> None:
         self._entry = entry
-        self._key = hmac.digest(seal_key, b"suppression", sha256)
+        # keyed once: to set a key up costs more than to hash an address
+        self._mac = hmac.new(hmac.digest(seal_key, _HASH_PURPOSE, sha256), digestmod=sha256)
 
     def recalled(self, *, notification_id: str, producer: str, event_id: str, rule: str, accepted_at: datetime) -> ControlEntry | None:
         """Return the order that recalls a notification, by its id, its event or its rule; None when nothing does."""
@@ -79,4 +80,6 @@ class Control:
 
     def scope_of(self, channel: str, address: str) -> str:
         """Return the scope of a block of `address`: HMAC-SHA-256 under a key derived from the seal key."""
-        return f"{SUPPRESSION}:{channel}:{hmac.digest(self._key, normalised(channel, address).encode(), sha256).hex()}"
+        mac = self._mac.copy()
+        mac.update(normalised(channel, address).encode())
+        return f"{SUPPRESSION}:{channel}:{mac.hexdigest()}"

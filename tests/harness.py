@@ -138,6 +138,7 @@ class System:
         self.partitions = partitions
         self.workers: dict[str, WorkerProcess] = {}
         self._supervising = True
+        self._kept: Producer | None = None
         self._foreign: dict[str, tuple[int, Any]] = {}
         self.admin = AdminClient(self._kafka)
         key = base64.b64encode(bytes(range(32))).decode()
@@ -265,18 +266,22 @@ class System:
 
     def produce(self, topic: str, records: Iterable[tuple[bytes | None, bytes | None]], **config: object) -> None:
         """Publish (key, value) records, with the Java client's partitioner unless `config` says otherwise."""
-        options: dict[str, object] = {
-            "partitioner": "murmur2_random",
-            "linger.ms": 5,
-            "enable.idempotence": True,
-            "message.max.bytes": 1_200_000,
-        }
-        producer = Producer({**self._kafka, **options, **{k.replace("_", "."): v for k, v in config.items()}})
+        self._publish(topic, ((key, value, -1) for key, value in records), config)
+
+    def produce_to(self, topic: str, partition: int, records: Iterable[tuple[bytes, bytes]]) -> None:
+        """Publish (key, value) records to one partition: rows of a table whose key is not what it is partitioned by."""
+        self._publish(topic, ((key, value, partition) for key, value in records), {})
+
+    def _publish(self, topic: str, records: Iterable[tuple[bytes | None, bytes | None, int]], config: Mapping[str, object]) -> None:
+        producer = self._producer(config)
+        name = self.topic(topic)
+        # the first record for a topic that a producer has not met would wait for half a second
+        producer.list_topics(name, timeout=30)
         failed: list[KafkaError] = []
-        for key, value in records:
+        for key, value, partition in records:
             while True:
                 try:
-                    producer.produce(self.topic(topic), value, key, on_delivery=lambda error, _m: failed.append(error) if error else None)
+                    producer.produce(name, value, key, partition, on_delivery=lambda error, _m: failed.append(error) if error else None)
                     break
                 except BufferError:
                     producer.poll(0.1)
@@ -284,21 +289,23 @@ class System:
         assert producer.flush(60) == 0
         assert not failed, failed[:3]
 
-    def produce_to(self, topic: str, partition: int, records: Iterable[tuple[bytes, bytes]]) -> None:
-        """Publish (key, value) records to one partition: rows of a table whose key is not what it is partitioned by."""
-        producer = Producer({**self._kafka, "linger.ms": 20, "enable.idempotence": True})
-        failed: list[KafkaError] = []
-        for key, value in records:
-            while True:
-                try:
-                    producer.produce(
-                        self.topic(topic), value, key, partition, on_delivery=lambda error, _m: failed.append(error) if error else None
-                    )
-                    break
-                except BufferError:
-                    producer.poll(0.1)
-        assert producer.flush(60) == 0
-        assert not failed, failed[:3]
+    def _producer(self, config: Mapping[str, object]) -> Producer:
+        """Return the kept producer, or with `config` a new one."""
+        if self._kept is not None and not config:
+            return self._kept
+        made = Producer(
+            {
+                **self._kafka,
+                "partitioner": "murmur2_random",
+                "linger.ms": 5,
+                "enable.idempotence": True,
+                "message.max.bytes": 1_200_000,
+                **{name.replace("_", "."): value for name, value in config.items()},
+            }
+        )
+        if not config:
+            self._kept = made
+        return made
 
     def read(self, topic: str) -> list[Record]:
         """Return every committed record of a topic, to the end that it has now."""

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -637,6 +638,9 @@ class Worker(NotifyApp):
             self._publisher = Producer(
                 self.cluster.config(enable_idempotence=True, partitioner="murmur2_random", linger_ms=0, delivery_timeout_ms=8_000)
             )
+            with suppress(KafkaException):  # publishing says what is wrong
+                # an idempotent producer that has met no broker looks again after half a second
+                await asyncio.to_thread(self._publisher.list_topics, timeout=_START_RETRY_SECONDS)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 

@@ -68,11 +68,16 @@ class Outage:
 
 
 @contextmanager
-def two_providers(stack: Stack, folder: Path) -> Iterator[tuple[System, Simulated]]:
-    """Run a sender with two mail providers of equal weight, which forget no mail."""
+def two_providers(stack: Stack, folder: Path, *, max_open: int = 32) -> Iterator[tuple[System, Simulated]]:
+    """Run a sender with two mail providers of equal weight, which forget no mail. `max_open`: calls to each at once."""
     with simulated(FAILING, HELPING, script=Script(latency=0.005, jitter=0.01), kept=MOST_MAILS) as found:
         urls = f"{_with(found[FAILING].url, 'name=failing')} {_with(found[HELPING].url, 'name=helping')}"
-        variables = {"NOTIFY_PROVIDERS": urls, "NOTIFY_SMTP_URL": "", "NOTIFY_RETRY_TIERS": "1,2,4"}
+        variables = {
+            "NOTIFY_PROVIDERS": urls,
+            "NOTIFY_SMTP_URL": "",
+            "NOTIFY_RETRY_TIERS": "1,2,4",
+            "NOTIFY_MAX_OPEN_ATTEMPTS": str(max_open),
+        }
         with system(stack, folder, variables=variables) as made:
             for role in ("sender-normal", "delay"):
                 made.start(role)

@@ -48,19 +48,21 @@ _counter = itertools.count(1)
 def wait_for(condition: Callable[[], Any], *, seconds: float, what: str) -> Any:
     """Return the first true value of `condition`; fail after `seconds`, saying `what` did not happen.
 
-    Long waits are printed: of a test that fails later they tell where its time went.
+    What takes long to look at is looked at less often. Long waits are printed: of a test that fails later they tell where its
+    time went.
     """
     began = time.monotonic()
     deadline = began + seconds
     pause = threading.Event()
     while True:
+        looked_at = time.monotonic()
         if found := condition():
             if (waited := time.monotonic() - began) > PRINTED_SECONDS:
                 print(f"waited {waited:.1f} s for {what.partition(chr(10))[0]}")
             return found
         if time.monotonic() > deadline:
             raise AssertionError(f"after {seconds} s still not: {what}")
-        pause.wait(0.05)
+        pause.wait(max(0.05, min(0.5, 2 * (time.monotonic() - looked_at))))
 
 
 @dataclass
@@ -320,6 +322,7 @@ class System:
                 "isolation.level": "read_committed",
                 "enable.partition.eof": True,
                 "auto.offset.reset": "earliest",
+                "fetch.wait.max.ms": 10,  # an end is told when there is nothing more, and not half a second later
             }
         )
         name = self.topic(topic)

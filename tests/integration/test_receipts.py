@@ -59,8 +59,14 @@ def current(made: System, delivery: Delivery) -> StatusChange:
 
 
 def await_status(made: System, delivery: Delivery, status: str) -> StatusChange:
-    wait_for(lambda: current(made, delivery).status == status, seconds=60, what=f"{status}; it is {current(made, delivery)}")
-    return current(made, delivery)
+    found: list[StatusChange] = []
+
+    def is_there() -> bool:
+        found[:] = [current(made, delivery)]
+        return found[0].status == status
+
+    wait_for(is_there, seconds=60, what=status)
+    return found[0]
 
 
 def obey(made: System, *arguments: str) -> None:

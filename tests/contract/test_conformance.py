@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import json
+import re
 import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -273,6 +274,27 @@ async def test_nobody_there_is_unavailable_and_costs_nothing(peer: Peer) -> None
             await away.send(peer.delivery(), content)
     finally:
         await away.close()
+
+
+def without_trust(text: str) -> str:
+    """Return what `entry` says with TLS that cannot succeed: the server speaks none, or its authority is not among the trusted ones."""
+    for plain, encrypted in (("smtp://", "smtps://"), ("smpp://", "smpps://"), ("twilio+http://", "twilio://"), ("http://", "https://")):
+        text = text.replace(plain, encrypted)
+    return re.sub(r"&ca=[^&]*", "", text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_a_tls_failure_is_unavailable_and_nothing_is_sent(name: str, tmp_path: Path) -> None:
+    async with a_peer(name, tmp_path) as plain:
+        channel = channel_of(without_trust(entry(plain.simulator)), None)
+        await channel.open()
+        peer = Peer(name, plain.simulator, channel, [])
+        try:
+            await peer.fails(ProviderUnavailableError)
+        finally:
+            await channel.close()
+        assert not peer.simulator.messages
+        assert not peer.simulator.calls
 
 
 async def test_a_cancelled_call_leaves_the_channel_usable(peer: Peer) -> None:

@@ -64,7 +64,7 @@ def draw(seen: Outage, picture: Path) -> None:
         [at for at, _, _ in seen.shares], [out for _, _, out in seen.shares], color="#dc2626", alpha=0.5, label="its circuit is open"
     )
     shares.set_ylim(-0.02, 1.15)
-    shares.legend(loc="center right", fontsize=8)
+    shares.legend(loc="center", fontsize=8)
     for name, colour, label in ((FAILING, "#dc2626", "failing"), (HELPING, "#15803d", "helping")):
         calls.plot(
             seconds, [sum(1 for at in seen.calls[name] if second <= at < second + 1) for second in seconds], color=colour, label=label

@@ -69,7 +69,7 @@ def render(results: dict[str, Any]) -> str:
             machines.append(entry["machine"])
         heading = f"{key}. {title}" if key.isdigit() else title
         where = f" on machine {machines.index(entry['machine']) + 1}" if len(machines) > 1 else ""
-        parts.append(f"## {heading}\n\n{describe(entry['result'])}\nMeasured with `{entry['command']}`{where}.\n")
+        parts.append(f"## {heading}\n\n{describe(entry['result']).rstrip()}\n\nMeasured with `{entry['command']}`{where}.\n")
     for place, machine in enumerate(machines, 1):
         name = "The machine" if len(machines) == 1 else f"Machine {place}"
         parts.append(f"## {name}\n\n{figures.table(['', ''], [[what, value] for what, value in machine.items()])}\n")

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 from confluent_kafka import KafkaException
 
@@ -31,6 +32,14 @@ FORGOTTEN_SECONDS = 3 * TRANSACTION_TIMEOUT_MS / 1000
 LOOK_AT_OPEN_EVERY_SECONDS = 15.0
 OPEN_ADVICE = "the broker lost the end of this transaction: docs/operations.md says what to do"
 
+# (topic, partition) -> where its first open transaction begins, and since when it does, by a monotonic clock
+Open = Mapping[tuple[str, int], tuple[int, float]]
+
+
+def still_open(before: Open, found: Mapping[tuple[str, int], int], now: float) -> Open:
+    """Return what is open of `found`, (topic, partition) -> offset, since when it was first seen at the same offset."""
+    return {place: before[place] if place in before and before[place][0] == offset else (offset, now) for place, offset in found.items()}
+
 
 class HealthWatch:
     """Looks at lag and progress every LOOK_EVERY_SECONDS. `health` answers from the last look."""
@@ -40,7 +49,7 @@ class HealthWatch:
         self._lag: dict[tuple[str, int], int] = {}
         self._moved: dict[tuple[str, int], tuple[int, float]] = {}
         self._said_at: dict[str, float] = {}
-        self._open: dict[tuple[str, int], tuple[int, float]] = {}  # where the first open transaction begins, and since when
+        self._open: Open = {}
         self._looked_at_open = -math.inf
 
     async def watch(self) -> None:
@@ -99,8 +108,7 @@ class HealthWatch:
         tools = self._runner.tools
         places = [(topic, shard.partition) for shard in list(self._runner.shards.values()) for topic in shard.changelogs.values()]
         found = await tools.in_thread(open_ends, tools.cluster, places)
-        known = {place: since for place, (offset, since) in self._open.items() if found.get(place) == offset}
-        self._open = {place: (offset, known.get(place, now)) for place, offset in found.items()}
+        self._open = still_open(self._open, found, now)
         forgotten = {place: offset for place, (offset, since) in self._open.items() if now - since > FORGOTTEN_SECONDS}
         tools.metrics.open_transactions.set(len(forgotten))
         for (topic, partition), offset in forgotten.items():

@@ -17,6 +17,7 @@ from agents.ports import Effects, Output, Row, Source, State
 from schemas import topics
 from schemas.codec import Codec
 from schemas.errors import UndecodableError
+from streams import health
 from streams.app import Plan, Worker, build_app
 from streams.roles import Role
 from streams.runner import Input, Tools
@@ -92,7 +93,10 @@ def tune(tools: Tools) -> None:
 
 
 def make() -> Worker:
-    writer.TRANSACTION_TIMEOUT_MS = int(os.environ.get("TALLY_TIMEOUT_MS", writer.TRANSACTION_TIMEOUT_MS))
+    if timeout_ms := os.environ.get("TALLY_TIMEOUT_MS"):
+        writer.TRANSACTION_TIMEOUT_MS = int(timeout_ms)
+        health.FORGOTTEN_SECONDS = 3 * int(timeout_ms) / 1000
+        health.LOOK_AT_OPEN_EVERY_SECONDS = 0.5
     settings = Settings.from_env({k: v for k, v in os.environ.items() if k.startswith("NOTIFY_")}, needs=WORKER_NEEDS)
     return build_app(settings, Plan(steps=(STEP,), topics=TOPICS, inputs=inputs, tune=tune))
 

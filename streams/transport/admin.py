@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, cast
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
-from confluent_kafka.admin._listoffsets import OffsetSpec
+from confluent_kafka.admin._listoffsets import ListOffsetsResultInfo, OffsetSpec
 
 from schemas.errors import SettingsError
 from streams.transport.cluster import Cluster
 
 T = TypeVar("T")
+Answers = Mapping[TopicPartition, Future[ListOffsetsResultInfo]]
 _CALL_SECONDS = 30.0
 _TRY_SECONDS = 3.0
 _PAUSE_SECONDS = 0.1
@@ -82,17 +84,18 @@ def _open_ends(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[tupl
     admin = AdminClient(cluster.config())
     # the stable end first: what is written meanwhile looks open, and what ends meanwhile too, but nothing open looks ended
     latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]  # upstream has no types here
-    stable = _list_offsets(admin, places, latest, IsolationLevel.READ_COMMITTED)
-    ends = _list_offsets(admin, places, latest, IsolationLevel.READ_UNCOMMITTED)
+    stable = _offsets(_asked(admin, places, latest, IsolationLevel.READ_COMMITTED))
+    ends = _offsets(_asked(admin, places, latest, IsolationLevel.READ_UNCOMMITTED))
     return {place: offset for place, offset in stable.items() if offset < ends[place]}
 
 
-def _list_offsets(
-    admin: AdminClient, places: Sequence[tuple[str, int]], what: OffsetSpec, level: IsolationLevel
-) -> dict[tuple[str, int], int]:
+def _asked(admin: AdminClient, places: Sequence[tuple[str, int]], what: OffsetSpec, level: IsolationLevel) -> Answers:
     asked = dict.fromkeys([TopicPartition(topic, partition) for topic, partition in places], what)
-    found = admin.list_offsets(asked, isolation_level=level, request_timeout=_TRY_SECONDS)
-    return {(tp.topic, tp.partition): future.result().offset for tp, future in found.items()}
+    return admin.list_offsets(asked, isolation_level=level, request_timeout=_TRY_SECONDS)
+
+
+def _offsets(answers: Answers) -> dict[tuple[str, int], int]:
+    return {(tp.topic, tp.partition): future.result().offset for tp, future in answers.items()}
 
 
 def patiently(ask: Callable[[], T], *, seconds: float = _CALL_SECONDS) -> T:
@@ -113,9 +116,9 @@ def _offset_bounds(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[
     # and librdkafka 2.16 meanwhile connects to it thousands of times a second
     admin = AdminClient(cluster.config())
     earliest, latest = cast("list[OffsetSpec]", [OffsetSpec.earliest(), OffsetSpec.latest()])  # type: ignore[no-untyped-call]  # upstream has no types here
-    first = _list_offsets(admin, places, earliest, IsolationLevel.READ_COMMITTED)
-    last = _list_offsets(admin, places, latest, IsolationLevel.READ_COMMITTED)
-    return {place: (offset, last[place]) for place, offset in first.items()}
+    first = _asked(admin, places, earliest, IsolationLevel.READ_COMMITTED)
+    last = _offsets(_asked(admin, places, latest, IsolationLevel.READ_COMMITTED))
+    return {place: (offset, last[place]) for place, offset in _offsets(first).items()}
 
 
 def committed_offsets(cluster: Cluster, group: str, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:

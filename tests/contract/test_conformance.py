@@ -34,6 +34,7 @@ from schemas.errors import (
 from schemas.messages import Content, Delivery, DeliveryReport
 from schemas.status import Status, Suppression
 from streams.embedded.processes import choose_port
+from tests.calling import delivery_on
 from tests.ports import no_ports
 
 NOW = dt.datetime.now(dt.UTC)
@@ -78,22 +79,8 @@ class Peer:
 
     def delivery(self, number: int = 1) -> Delivery:
         channel = CHANNEL[self.name]
-        return Delivery(
-            delivery_id=f"{number:032x}-{channel}",
-            notification_id=f"{number:032x}",
-            user_id="u-1",
-            channel=channel,
-            lane="normal",
-            rule="message",
-            category="messages",
-            generation=0,
-            attempt=1,
-            sealed=b"",
-            accepted_at=NOW,
-            created_at=NOW,
-            expires_at=NOW + dt.timedelta(hours=1),
-            route={"sms": "DE", "push": self.name, "webhook": self.name}.get(channel),
-        )
+        route = {"sms": "DE", "push": self.name, "webhook": self.name}.get(channel)
+        return delivery_on(channel, number, expires_at=NOW + dt.timedelta(hours=1), route=route)
 
     def content(self, word: str = "device") -> Content:
         address = self.address(word)

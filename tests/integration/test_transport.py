@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer
 
 from streams.embedded.stack import Stack
+from streams.transport.admin import open_ends
 from streams.transport.records import Record
 from tests.harness import System, system, wait_for
 from tests.tally_app import OUT, STEP, TOPICS
@@ -170,6 +172,26 @@ def test_a_transaction_that_timed_out_while_the_only_broker_was_away_stays_undon
     asyncio.run(stack.broker.start())
     await_out(tally, len(sent), seconds=90)
     audit(tally, sent)
+
+
+def test_a_transaction_that_the_broker_does_not_end_is_shown(tally: System) -> None:
+    tally.produce("tally.in", numbered(100))
+    worker = tally.start(ROLE, module=MODULE, TALLY_TIMEOUT_MS="1000")
+    await_out(tally, 100)
+    place = (tally.topic(COUNTS), 0)
+    assert open_ends(tally.cluster, [place]) == {}
+    # of somebody else: of the worker's own producer the broker would know
+    forgotten = Producer({"bootstrap.servers": tally.stack.kafka, "transactional.id": tally.name})
+    forgotten.init_transactions(30)
+    forgotten.begin_transaction()
+    forgotten.produce(place[0], b"1", b"user-x", place[1])
+    assert forgotten.flush(30) == 0
+    assert open_ends(tally.cluster, [place]).keys() == {place}
+    wait_for(lambda: worker.metric("notify_open_transactions") == 1, seconds=30, what="the gauge")
+    assert f"transaction.open topic={place[0]} partition=0" in worker.log_text()
+    forgotten.abort_transaction(30)
+    wait_for(lambda: worker.metric("notify_open_transactions") == 0, seconds=30, what="the gauge at rest")
+    assert open_ends(tally.cluster, [place]) == {}
 
 
 def test_recovery_ends_at_a_position_though_the_changelog_ends_in_markers(tally: System) -> None:

@@ -2,8 +2,8 @@
 
 Output `value:n` for the n-th record of a key. Values that begin with `bug` raise, with `large` become too large for the
 output topic, with `slow` take 20 ms. TALLY_FAULT=`<point>:<n>` kills the worker at the n-th passage of a point;
-TALLY_SENT_SECONDS is how long it waits before, so that what the transaction wrote so far has reached the broker, and
-TALLY_TIMEOUT_MS how long the broker waits for the end of a transaction.
+with TALLY_SENT it waits before until something of an open transaction has reached the broker. TALLY_TIMEOUT_MS is how long the
+broker waits for the end of a transaction.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from streams.settings import WORKER_NEEDS, Settings
 from streams.topics import DEAD_MAX_BYTES, TopicSpec
 from streams.topology import Step
 from streams.transport import writer
+from streams.transport.admin import open_ends
 from streams.transport.records import Record
 
 READS = ("tally.urgent", "tally.in")
@@ -62,8 +63,8 @@ def inputs(_step: Step, _codec: Codec) -> Mapping[str, Input]:
     return dict.fromkeys(READS, Input(decode=decode, decide=decide))
 
 
-def fault(spec: str) -> Callable[[str], None]:
-    """Return a hook that kills this process at the n-th passage of a point."""
+def fault(spec: str, before: Callable[[], None]) -> Callable[[str], None]:
+    """Return a hook that kills this process at the n-th passage of a point, after `before`."""
     point, _, count = spec.partition(":")
     left = int(count)
 
@@ -72,15 +73,20 @@ def fault(spec: str) -> Callable[[str], None]:
         if name == point:
             left -= 1
             if left == 0:
-                time.sleep(float(os.environ.get("TALLY_SENT_SECONDS", "0")))
+                before()
                 os.kill(os.getpid(), signal.SIGKILL)
 
     return passed
 
 
 def tune(tools: Tools) -> None:
+    def await_sent() -> None:
+        places = [(tools.names.physical[OUT], partition) for partition in range(tools.names.partitions[OUT])]
+        while not open_ends(tools.cluster, places):
+            pass  # each look is a question to the broker
+
     if spec := os.environ.get("TALLY_FAULT"):
-        tools.fault = fault(spec)
+        tools.fault = fault(spec, await_sent if os.environ.get("TALLY_SENT") else lambda: None)
     if os.environ.get("TALLY_BLIND"):
         # the runner believes that everything fits, so that the broker is the one to refuse
         tools.names = type(tools.names)(

@@ -163,7 +163,7 @@ def test_a_transaction_that_timed_out_while_the_only_broker_was_away_stays_undon
     sent = numbered(2_000)
     tally.produce("tally.in", sent)
     # the worker dies with a transaction open, and the broker with it
-    worker = tally.start(ROLE, module=MODULE, TALLY_FAULT="before commit:3", TALLY_SENT_SECONDS="0.5", TALLY_TIMEOUT_MS="3000")
+    worker = tally.start(ROLE, module=MODULE, TALLY_FAULT="before commit:3", TALLY_SENT="1", TALLY_TIMEOUT_MS="3000")
     wait_for(lambda: worker.exits, seconds=60, what="the fault")
     asyncio.run(stack.broker.kill())
     worker.env = {k: v for k, v in worker.env.items() if k != "TALLY_FAULT"}

@@ -46,8 +46,14 @@ def told(made: System) -> set[bytes]:
 def await_the_gap(made: System, worker: WorkerProcess, *, before: int, after: int) -> None:
     """Check that a worker that was `before` and finds `after` more records, most of them deleted, counts what is missing."""
     kept = KEPT * made.partitions
-    wait_for(lambda: made.count(OUT) == before + kept, seconds=60, what="what is left was read")
-    wait_for(lambda: worker.metric("notify_expired_positions_total", topic=INPUT) == after - kept, seconds=20, what="the lost ones counted")
+    wait_for(lambda: made.count(OUT) >= before + kept, seconds=60, what="what is left was read")
+
+    def lost() -> float:
+        return worker.metric("notify_expired_positions_total", topic=INPUT)
+
+    # a frozen worker may have been sent a few before they were deleted
+    wait_for(lambda: made.count(OUT) - before + lost() == after, seconds=20, what="each was read, or counted as lost")
+    assert lost() > 0
     status, answer = worker.get("/health/ready")
     assert (status, json.loads(answer)["details"]["positionsExpired"]) == (503, [INPUT])
     assert worker.get("/health/live")[0] == 200

@@ -22,7 +22,7 @@ ROLES = (Role.INGEST, Role.ROUTER, Role.SENDER_CRITICAL, Role.SENDER_BULK)
 CONDITIONS = ("alone", "backlog", "broadcast")
 P99_TARGET_SECONDS = 0.100
 BACKLOG_TARGET = 3.0
-_WARM_UP_SECONDS = 15.0  # a broker that has just started compiles its code first
+_WARM_UP_SECONDS = 15.0
 _ARRIVE_SECONDS = 60.0
 _BACKLOG_SECONDS = 60.0
 _RULE = "payment_failed"
@@ -36,10 +36,12 @@ def measure(lab: Laboratory, sizes: Sizes, say: Callable[[str], None]) -> dict[s
         with system(lab) as running:
             running.start(*ROLES)
             users = running.load_users(sizes.users)
-            found: dict[str, Any] = {"alone": _sample(running, users, sizes, first=0)}
+            warm_up = _WARM_UP_SECONDS if repetition else max(sizes.new_broker_seconds, _WARM_UP_SECONDS)
+            found: dict[str, Any] = {"alone": _sample(running, users, sizes, first=0, warm_up_seconds=warm_up)}
             _queue(running, users, sizes.backlog)
             found["backlog"] = _sample(running, users, sizes, first=1_000_000)
             found["left"] = _left(running, sizes.backlog)
+            found["rests"] = running.workers[Role.ROUTER].metric("notify_rests")
         with system(lab) as running:
             running.load_watchers(_PRODUCT, sizes.watchers)
             running.start(*ROLES, Role.STOCK)
@@ -59,13 +61,16 @@ def measure(lab: Laboratory, sizes: Sizes, say: Callable[[str], None]) -> dict[s
         "samples": sizes.samples,
         "per_second": sizes.per_second,
         "backlog": sizes.backlog,
+        "new_broker_seconds": sizes.new_broker_seconds,
         "watchers": sizes.watchers,
     }
 
 
-def _sample(running: System, users: Sequence[str], sizes: Sizes, *, first: int) -> dict[str, Any]:
+def _sample(
+    running: System, users: Sequence[str], sizes: Sizes, *, first: int, warm_up_seconds: float = _WARM_UP_SECONDS
+) -> dict[str, Any]:
     """Publish failed payments at a steady rate; return the seconds each delivery took, by channel."""
-    warm_up = round(_WARM_UP_SECONDS * sizes.per_second)
+    warm_up = round(warm_up_seconds * sizes.per_second)
     numbers = range(first, first + warm_up + sizes.samples)
     payments = running.payments(users, numbers, status="failed")
     visible = running.folder / f"visible-{first}.txt"
@@ -193,8 +198,9 @@ def describe(result: dict[str, Any]) -> str:
     is_within = worst.median <= P99_TARGET_SECONDS * 1000
     return f"""\
 {result["samples"]:,} failed payments a repetition (and as many again in each of the other conditions), {result["per_second"]} a second
-on a schedule that waits for nothing, after {_WARM_UP_SECONDS:.0f} s that do not count. A failed payment is the critical lane's. The
-clock starts when the payment is handed to its producer (which was at most {late:.1f} ms late, p99) and stops, for e-mail, when the
+on a schedule that waits for nothing, after {_WARM_UP_SECONDS:.0f} s that do not count ({result["new_broker_seconds"]:.0f} s the first
+time: so long the compiler of a broker that has just started takes as much CPU as its work). A failed payment is the critical lane's.
+The clock starts when the payment is handed to its producer (which was at most {late:.1f} ms late, p99) and stops, for e-mail, when the
 mail sink has the final dot and answers; for in-app, when the status `delivered` can be read by a consumer that sees committed
 records only, as the views do. All roles, broker, sink, load and observers share this machine's cores. Milliseconds:
 

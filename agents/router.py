@@ -55,7 +55,7 @@ WATCHES, WATCHING = "watches", "watching"
 MAX_WATCHES = 500  # of one user
 COMMANDS = ("ensure_key", "set_preferences", "add_device", "remove_device", "watch", "unwatch", "forget")
 # so many of an audience are told in one decision: a few milliseconds' work, after which more urgent requests have their turn
-CHUNK_USERS = 250
+CHUNK_USERS = 100
 _AUDIENCE = re.compile(r"(product|warehouse):[^\x00-\x1f]{1,200}")
 _NOTHING_MATCHED = Rule(
     name=NO_RULE,

@@ -59,7 +59,7 @@ def specs_of(step: Step) -> tuple[TopicSpec, ...]:
     return (
         *(TopicSpec(name=name) for name in (*step.reads, *step.writes)),
         TopicSpec(name=topics.DEAD, max_message_bytes=DEAD_MAX_BYTES),
-        *(TopicSpec(name=name, retention_seconds=None) for name in step.changelogs().values()),
+        *(TopicSpec(name=name, retention_seconds=None) for name in dict.fromkeys(step.changelogs().values())),
     )
 
 

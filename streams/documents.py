@@ -50,10 +50,14 @@ KEYS: Mapping[str, str] = {
     topics.REDRIVEN: "place in `dead`",
     topics.PARKED: "the original's",
     topics.DEAD: "the original's",
+}
+# of tables that share their step's changelog, where a record's key is the table, a zero byte and the row's own
+ROW_KEYS: Mapping[str, str] = {
     "progress": "topic id and input topic",
     "seen": "notification id",
     "subjects": "subject key",
     "attempts": "delivery id",
+    "used": "provider and day",
     "notifications": "notification id",
     "inbox": "user id",
     "watching": "user id",
@@ -155,7 +159,9 @@ def topics_page() -> str:
 
 
 def _key(spec: TopicSpec) -> str:
-    return KEYS.get(spec.name) or KEYS.get(spec.name.rpartition(".")[2], "user id")
+    tables = next((step.own_tables() for step in TOPOLOGY if step.changelog == spec.name), ())
+    rows = "; ".join(f"{table}: {ROW_KEYS[table]}" for table in tables)
+    return rows or KEYS.get(spec.name, "user id")
 
 
 def _writers(topic: str) -> list[str]:

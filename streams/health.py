@@ -97,6 +97,8 @@ class HealthWatch:
         tools.metrics.table_rows.clear()
         for table, count in rows.items():
             tools.metrics.table_rows.labels(table).set(count)
+        for step, room in tools.rooms.items():
+            tools.metrics.rests.labels(step).set(room.rests)
         self._look_at_waiting()
 
     async def _look_at_open(self) -> None:
@@ -106,7 +108,7 @@ class HealthWatch:
             return
         self._looked_at_open = now
         tools = self._runner.tools
-        places = [(topic, shard.partition) for shard in list(self._runner.shards.values()) for topic in shard.changelogs.values()]
+        places = [(topic, shard.partition) for shard in list(self._runner.shards.values()) for topic in {*shard.changelogs.values()}]
         found = await tools.in_thread(open_ends, tools.cluster, places)
         self._open = still_open(self._open, found, now)
         forgotten = {place: offset for place, (offset, since) in self._open.items() if now - since > FORGOTTEN_SECONDS}

@@ -42,6 +42,7 @@ class Metrics:
             "notify_commit_seconds", "How long a transaction's commit took.", registry=registry, buckets=_LATENCY_SECONDS
         )
         self.lag = gauge("lag_records", "The broker's end offset of committed records less the position.", "topic", "partition")
+        self.rests = gauge("rests", "Times as long as they worked that less urgent inputs rest, while urgent ones come.", "step")
         self.table_rows = gauge("table_rows", "Rows of the owned partitions of a table.", "table")
         self.commit_age = gauge("commit_age_seconds", "Since the newest committed transaction of any owned partition.")
         self.recovery_rows = counter("recovery_rows_total", "Rows replayed from changelogs.")

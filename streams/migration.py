@@ -5,8 +5,8 @@ is told of them in `decisions` and `status`, and the watermarks that say how far
 to a topic and cannot take them away, so the count only grows. In this order, so that a run that was cut off is simply run again:
 
 1. Topics that hold nothing that is still needed grow. What other services write meanwhile is put right by its reader.
-2. Each table's topic grows; then each row whose user moved is written to his new partition and deleted from the old one, both in
-   one transaction. What was moved is where it belongs, and is not looked at again.
+2. Each changelog grows; then each row whose user moved is written to his new partition and deleted from the old one, both in
+   one transaction; the watermarks among them stay. What was moved is where it belongs, and is not looked at again.
 3. `decisions` and `status` grow; what is told of users who moved is copied, with its time, and each copy says where it was
    read: a later run goes on behind it. Then the watermarks of their readers are put behind the copies.
 4. `dead` grows, which every worker writes to. Until then each worker finds a count that it does not expect, whichever it is
@@ -19,7 +19,8 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
+from functools import partial
 from typing import Any
 
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
@@ -32,7 +33,7 @@ from streams.roles import Role
 from streams.topics import DEAD_MAX_BYTES, Count, TopicSpec, physical
 from streams.topology import PROGRESS, TOPOLOGY, Step, all_topics
 from streams.transport.admin import TopicFacts, committed_offsets, offset_bounds, topic_facts
-from streams.transport.changelog import read_to_end
+from streams.transport.changelog import apply_record, parted_key, read_to_end, shared_key
 from streams.transport.cluster import Cluster
 from streams.transport.records import Record, fetch
 from streams.transport.writer import Headers, Writer
@@ -80,6 +81,17 @@ PLACED: Mapping[str, Callable[[bytes, int], int] | None] = {
 }
 
 
+# changelogs that hold one table's rows, by their own keys; in the others a key names its table
+_TABLE_OF = {topic: table for step in TOPOLOGY for table, topic in step.changelogs().items() if topic != step.changelog}
+
+
+class Place(Enum):
+    """Where a row belongs that belongs to no partition."""
+
+    STAYS = auto()
+    EVERYWHERE = auto()
+
+
 class Kind(StrEnum):
     """What is done with a topic."""
 
@@ -91,7 +103,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What the migration does with one topic. `moving` of `records` change their partition; `table`: whose rows they are."""
+    """What the migration does with one topic. `moving` of `records` change their partition; watermarks are not among them."""
 
     topic: str
     kind: Kind
@@ -110,6 +122,7 @@ class Migration:
     old: int
     new: int
     _facts: dict[str, TopicFacts] = field(default_factory=dict)
+    _known_watermarks: dict[str, dict[tuple[str, int], int]] = field(default_factory=dict)  # by changelog, as the workers left them
 
     # ---- before
 
@@ -140,14 +153,16 @@ class Migration:
         """Return what would be done with each topic. Reads all tables and the history; changes nothing."""
         self._look()
         parts = [Part(topic=topic, kind=Kind.GROW, found=self._count(topic), wanted=self.new) for topic in self._plain()]
-        for topic, table in self._tables():
-            if table == PROGRESS:
+        for topic in self._changelogs():
+            if self._holds_watermarks_only(topic):
                 parts.append(Part(topic=topic, kind=Kind.WATERMARKS, found=self._count(topic), wanted=self.new))
                 continue
             rows = moving = 0
             for partition, found in self._rows(topic, progress):
-                rows += len(found)
-                moving += sum(1 for key in found if self._leaves(table, key, partition))
+                for key in found:
+                    place = self._place(topic, key)
+                    rows += place is not Place.STAYS
+                    moving += place not in {Place.STAYS, partition}
             parts.append(Part(topic=topic, kind=Kind.ROWS, found=self._count(topic), wanted=self.new, records=rows, moving=moving))
         for topic in HISTORY:
             records = moving = 0
@@ -166,12 +181,13 @@ class Migration:
         writer = Writer(self.cluster, transactional_id=group, max_message_bytes=DEAD_MAX_BYTES)
         # a run that was killed may have left a transaction open: what it wrote becomes visible, or never
         writer.acquire()
+        self._known_watermarks.clear()  # somebody may have thought about it for long
         self._look()
         self._grow(writer, [topic for topic in self._plain() if topic != topics.DEAD])
-        for topic, table in self._tables():
+        for topic in self._changelogs():
             self._grow(writer, [topic])
-            if table != PROGRESS:
-                self._move_rows(writer, topic, table, progress)
+            if not self._holds_watermarks_only(topic):
+                self._move_rows(writer, topic, progress)
         for topic in HISTORY:
             reached = self._reached(topic) if self._count(topic) == self.new else {}
             self._grow(writer, [topic])
@@ -180,33 +196,36 @@ class Migration:
         self._append_again(writer, topics.SIGNALS)
         self._grow(writer, [topics.DEAD])
 
-    def _move_rows(self, writer: Writer, topic: str, table: str, progress: Progress) -> None:
-        changes: Iterable[tuple[int, bytes, bytes | None]]
-        if PLACED[table] is None:
-            changes = self._spread(topic, progress)
-        else:
-            changes = (
-                change
-                for partition, rows in self._rows(topic, progress)
-                for key, value in rows.items()
-                if self._leaves(table, key, partition)
-                for change in ((self._place(table, key), key, value), (partition, key, None))
-            )
+    def _move_rows(self, writer: Writer, topic: str, progress: Progress) -> None:
         name = physical(self.env, topic)
+        spread: dict[int, dict[bytes, bytes]] = {}
         # an even number: a row and its deletion are never parted
-        for chunk in _chunks(changes, 2 * CHUNK_RECORDS):
+        for chunk in _chunks(self._moved(topic, spread, progress), 2 * CHUNK_RECORDS):
             writer.begin()
             for partition, key, value in chunk:
                 writer.produce(name, value, key, partition)
             writer.commit()
-
-    def _spread(self, topic: str, progress: Progress) -> Iterator[tuple[int, bytes, bytes | None]]:
-        found = dict(self._rows(topic, progress))
         everything: dict[bytes, bytes] = {}
-        for rows in found.values():
+        for rows in spread.values():
             everything |= rows
-        for key, value in everything.items():
-            yield from ((partition, key, value) for partition in range(self.new) if key not in found[partition])
+        missing = ((partition, key) for key in everything for partition in range(self.new) if key not in spread[partition])
+        for chunk in _chunks(missing, 2 * CHUNK_RECORDS):
+            writer.begin()
+            for partition, key in chunk:
+                writer.produce(name, everything[key], key, partition)
+            writer.commit()
+
+    def _moved(self, topic: str, spread: dict[int, dict[bytes, bytes]], progress: Progress) -> Iterator[tuple[int, bytes, bytes | None]]:
+        """Yield each row that moves, at its new place, and its deletion at the old one. Fill `spread`: what goes everywhere."""
+        for partition, rows in self._rows(topic, progress):
+            everywhere = spread[partition] = {}
+            for key, value in rows.items():
+                place = self._place(topic, key)
+                if place is Place.EVERYWHERE:
+                    everywhere[key] = value
+                elif isinstance(place, int) and place != partition:
+                    yield place, key, value
+                    yield partition, key, None
 
     def _copy(self, writer: Writer, topic: str, reached: Mapping[int, int], progress: Progress) -> None:
         name = physical(self.env, topic)
@@ -229,7 +248,7 @@ class Migration:
                 continue
             writer.begin()
             for partition, end in ends.items():
-                writer.produce(self._progress(step), b"%d" % end, self._watermark_key(topic), partition)
+                writer.produce(physical(self.env, step.changelog), b"%d" % end, self._watermark_key(topic), partition)
             writer.commit()
             # a hint for whoever asks the group how far it is
             offsets = [TopicPartition(physical(self.env, topic), partition, end) for partition, end in ends.items()]
@@ -252,7 +271,7 @@ class Migration:
             partition = partition_of(record.key() or b"", self.new)
             writer.produce(physical(self.env, topic), record.value(), record.key(), partition, record.headers())
         for partition, end in ends.items():
-            writer.produce(self._progress(step), b"%d" % end, self._watermark_key(topic), partition)
+            writer.produce(physical(self.env, step.changelog), b"%d" % end, self._watermark_key(topic), partition)
         writer.commit()
 
     def _grow(self, writer: Writer, names: Sequence[str]) -> None:
@@ -292,13 +311,16 @@ class Migration:
     def _steps(self) -> list[Step]:
         return [step for step in TOPOLOGY if step.count is Count.USER]
 
-    def _tables(self) -> list[tuple[str, str]]:
-        """Return (topic, table) of every table, watermarks first: they are not moved."""
-        found = [(topic, table) for step in self._steps() for table, topic in step.changelogs().items()]
-        return sorted(found, key=lambda each: each[1] != PROGRESS)
+    def _changelogs(self) -> list[str]:
+        """Return the topics of all tables, those first of which no row moves."""
+        found = dict.fromkeys(topic for step in self._steps() for topic in step.changelogs().values())
+        return sorted(found, key=lambda topic: not self._holds_watermarks_only(topic))
+
+    def _holds_watermarks_only(self, topic: str) -> bool:
+        return any(topic == step.changelog and step.own_tables() == [PROGRESS] for step in self._steps())
 
     def _plain(self) -> list[str]:
-        kept = {*HISTORY, *(topic for topic, _ in self._tables())}
+        kept = {*HISTORY, *self._changelogs()}
         return [spec.name for spec in self._specs() if spec.name not in kept]
 
     def _readers(self, topic: str) -> list[Step]:
@@ -341,19 +363,18 @@ class Migration:
         return bool(self._watermarks(step))
 
     def _watermarks(self, step: Step) -> dict[tuple[str, int], int]:
-        topic = step.changelogs()[PROGRESS]
-        return {
-            (read, partition): int(row)
-            for partition, rows in self._rows(topic)
-            for read in step.reads
-            if (row := rows.get(self._watermark_key(read))) is not None
-        }
+        """Return (input, partition) -> watermark, as the step's workers left it."""
+        if step.changelog not in self._known_watermarks:
+            self._known_watermarks[step.changelog] = {
+                (read, partition): int(row)
+                for partition, rows in self._rows(step.changelog)
+                for read in step.reads
+                if (row := rows.get(self._watermark_key(read))) is not None
+            }
+        return self._known_watermarks[step.changelog]
 
     def _watermark_key(self, topic: str) -> bytes:
-        return f"{self._facts[topic].id} {topic}".encode()
-
-    def _progress(self, step: Step) -> str:
-        return physical(self.env, step.changelogs()[PROGRESS])
+        return shared_key(PROGRESS, f"{self._facts[topic].id} {topic}".encode())
 
     @property
     def _mark(self) -> str:
@@ -371,14 +392,15 @@ class Migration:
 
     # ---- reading
 
-    def _leaves(self, table: str, key: bytes, partition: int) -> bool:
+    def _place(self, topic: str, key: bytes) -> int | Place:
+        """Return the new partition of a row of a changelog."""
+        table = _TABLE_OF.get(topic)
+        if table is None:
+            table, key = parted_key(key)
+        if table not in PLACED:
+            return Place.STAYS  # watermarks, and what another release left behind
         place = PLACED[table]
-        return place is None or place(key, self.new) != partition
-
-    def _place(self, table: str, key: bytes) -> int:
-        place = PLACED[table]
-        assert place is not None
-        return place(key, self.new)
+        return Place.EVERYWHERE if place is None else place(key, self.new)
 
     def _moves(self, record: Record) -> bool:
         """Say whether a record of the history is its user's, and he moves. What an earlier migration left behind is nobody's."""
@@ -394,7 +416,8 @@ class Migration:
         name = physical(self.env, topic)
         for partition in range(self._count(topic)):
             rows: dict[bytes, bytes] = {}
-            read_to_end(self.cluster, group=_GROUP.format(env=self.env), tables={(name, partition): rows}, progress=progress)
+            apply = {(name, partition): partial(apply_record, rows)}
+            read_to_end(self.cluster, group=_GROUP.format(env=self.env), apply=apply, progress=progress)
             yield partition, rows
 
     def _bounds(self, topic: str, partitions: Iterable[int]) -> dict[tuple[str, int], tuple[int, int]]:

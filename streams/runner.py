@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -30,21 +31,21 @@ from agents.ports import Effects, Output, Source
 from schemas import topics
 from schemas.errors import NotifyError, RegistryUnavailableError, RetryableError, TooLargeError
 from streams.metrics import Metrics
+from streams.room import URGENT_SECONDS, Room
 from streams.runs import DeadRun, Passage
 from streams.topics import DEAD_MAX_BYTES, TopicSpec
 from streams.topology import PROGRESS, Step
 from streams.transport.admin import offset_bounds
-from streams.transport.changelog import read_to_end
+from streams.transport.changelog import apply_record, apply_shared, read_to_end, shared_key
 from streams.transport.cluster import Cluster, leave
 from streams.transport.reader import MAX_BATCH_RECORDS, MAX_HELD_RECORDS, MAX_OUTSTANDING_RECORDS, Batch, Reader
-from streams.transport.records import PLACE_HEADERS, Record
+from streams.transport.records import PLACE_HEADERS, Place, Record
 from streams.transport.writer import RECORD_OVERHEAD_BYTES, AbortedError, FencedError, Headers, Writer, WrongClockError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TURN_SECONDS = 0.010  # the longest stretch of work on the event loop
-URGENT_SECONDS = 1.0  # for so long after an urgent record the less urgent inputs make room
 DRAIN_SECONDS = 20.0  # longer than any call to a provider
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 _MISSING: Any = object()
@@ -150,6 +151,7 @@ class Tools:
     role: str
     pool: ThreadPoolExecutor
     turns: Turns
+    rooms: dict[str, Room] = field(default_factory=dict)  # by step
     dead_run_limit: int = 0  # so many dead letters in a row halt an input; 0: none does
     fault: Callable[[str], None] = lambda _step: None  # tests stop a worker between any two steps
 
@@ -225,7 +227,7 @@ class Lane:
     reader: Reader
     run: DeadRun
     queue: deque[Record] = field(default_factory=deque)  # a new one at each drain
-    offered_at: float = -math.inf  # monotonic, of the newest record
+    offered_at: float = -math.inf  # monotonic, of the first queued record
     watermark: int | None = None  # next offset, as the last committed transaction says
     end: int | None = None  # done to here by position: control records count
     end_read: int | None = None  # read to here; it becomes `end` when everything before it is done
@@ -273,12 +275,15 @@ class Shard:
         self.lanes = {lane.topic: lane for lane in lanes}
         self.tables: dict[str, dict[bytes, bytes]] = {table: _table(table, step) for table in step.changelogs()}
         self.changelogs = {table: tools.names.physical[topic] for table, topic in step.changelogs().items()}
+        self._prefixes = dict.fromkeys(self.tables, b"") | {table: shared_key(table, b"") for table in step.own_tables()}
         self._routes = {topic: tools.names.route(topic, step, partition) for topic in step.writes}
         self.writer = Writer(
             tools.cluster,
-            transactional_id=f"notify-{tools.names.physical[step.changelogs()[PROGRESS]]}-{partition}",
+            transactional_id=f"notify-{tools.names.physical[step.changelog]}-{partition}",
             max_message_bytes=DEAD_MAX_BYTES,
         )
+        # shared by the step's shards
+        self.room = tools.rooms.setdefault(step.name, Room(step.reads.index(topic) for topic in step.urgent))
         self.wake = asyncio.Event()
         self.is_draining = False
         self.idle = asyncio.Event()
@@ -293,10 +298,13 @@ class Shard:
         """Fence earlier owners, then read the changelogs to their end. Blocks; raises FencedError, ChangelogError."""
         self.writer.acquire()
         self.tools.fault("fenced")
-        rows = {(self.changelogs[table], self.partition): self.tables[table] for table in self.tables}
+        apply: dict[Place, Callable[[Record], None]] = {
+            (self.changelogs[table], self.partition): partial(apply_record, rows) for table, rows in self.tables.items()
+        }
         # joins nothing; below the app's own name, where the role has its rights
-        group = self.changelogs[PROGRESS]
-        read_to_end(self.tools.cluster, group=group, tables=rows, progress=self.tools.metrics.recovery_rows.inc)
+        own = self.changelogs[PROGRESS]
+        apply[(own, self.partition)] = partial(apply_shared, {table.encode(): self.tables[table] for table in self.step.own_tables()})
+        read_to_end(self.tools.cluster, group=own, apply=apply, progress=self.tools.metrics.recovery_rows.inc)
         for lane in self.lanes.values():
             stored = self.tables[PROGRESS].get(self._watermark_key(lane.topic))
             lane.watermark = None if stored is None else int(stored)
@@ -314,8 +322,10 @@ class Shard:
             lane.forget()  # another shard halted it
             return
         if batch.records:
+            if not lane.queue:
+                lane.offered_at = time.monotonic()
             lane.queue.extend(batch.records)
-            lane.offered_at = time.monotonic()
+            self.room.offered(lane.urgency)
         lane.end_read = batch.end_offset
         self.wake.set()
 
@@ -372,7 +382,7 @@ class Shard:
         else:
             # a copy: bytes that orjson made keep their buffer's room, and a row of 30 bytes would cost 4 KB
             rows[key] = bytes(memoryview(value))
-        self.writer.produce(self.changelogs[table], value, key, self.partition)
+        self.writer.produce(self.changelogs[table], value, self._prefixes[table] + key, self.partition)
 
     def publish(self, output: Output, encoded: bytes) -> None:
         """Add an output to the open transaction."""
@@ -455,9 +465,16 @@ class DecidingShard(Shard):
                 self.idle.set()
                 self.wake.clear()
                 await self._rest(min(each.wait_seconds(now) for each in self.lanes.values()))
-                continue
-            self.idle.clear()
-            await self._advance(lane)
+            elif (seconds := self.room.wait_seconds(lane.urgency)) > 0:
+                self.idle.set()
+                self.wake.clear()
+                # no longer than until what is more urgent may go on, or nothing urgent comes any more
+                urgent = (each.wait_seconds(now) for each in self.lanes.values() if each.urgency < lane.urgency)
+                await self._rest(min(seconds, URGENT_SECONDS, *urgent))
+            else:
+                self.idle.clear()
+                with self.room.taken(lane.urgency):
+                    await self._advance(lane)
 
     async def _rest(self, seconds: float) -> None:
         """Return when something happens, or after `seconds`, or when the timer's time has come."""
@@ -491,7 +508,6 @@ class DecidingShard(Shard):
         await self.tools.turns.take(lane.urgency)
         if lane.queue is not queue or lane.run.halted:
             return  # drained or halted meanwhile
-        began = time.monotonic()
         self.writer.begin()
         passage = self._passage = lane.run.begin()
         try:
@@ -512,7 +528,10 @@ class DecidingShard(Shard):
             self._let_rest(lane)
         else:
             lane.tries = 0
-            await self._make_room(lane, time.monotonic() - began)
+            if lane.queue:
+                self.room.offered(lane.urgency)  # as good as one that has just come
+            else:
+                self.room.done(lane.urgency, self.committed_at - lane.offered_at)
 
     async def _fill(self, lane: Lane, queue: deque[Record]) -> tuple[int, bool]:
         """Decide into the open transaction; return how many records, and whether the next one has to wait.
@@ -530,20 +549,6 @@ class DecidingShard(Shard):
             await self.tools.turns.take(lane.urgency)
             if lane.queue is not queue:
                 return count, False  # drained meanwhile: what was decided still counts
-
-    async def _make_room(self, lane: Lane, seconds: float) -> None:
-        """While more urgent records keep coming, rest as long as was worked: they share the cores and the broker with us."""
-        more_urgent = [each for each in self.lanes.values() if each.urgency < lane.urgency]
-        now = time.monotonic()
-        if not any(now - each.offered_at < URGENT_SECONDS for each in more_urgent):
-            return
-        until = now + seconds
-        while (left := until - time.monotonic()) > 0 and not self.is_draining and not any(each.queue for each in more_urgent):
-            self.wake.clear()
-            try:
-                await asyncio.wait_for(self.wake.wait(), left)
-            except TimeoutError:
-                return
 
     async def _try_less(self, lane: Lane, queue: deque[Record], error: AbortedError) -> None:
         """After an aborted transaction: halve until the record that is too large stands alone, else wait a little."""

@@ -62,6 +62,9 @@ ATTEMPTS, USED = "attempts", "used"
 WINDOW_DELIVERIES = 1_000
 _PRUNE_ROWS = 2
 _ASK_AGAIN_SECONDS = 1.0
+# so long after the first delivery that comes for an idle shard others are waited for: one transaction of the router wakes
+# the reader of each channel, a moment apart
+_GATHER_SECONDS = 0.002
 # what cannot begin within so long makes room for what can (design rule 7)
 _STUCK_SECONDS = 2.0
 # who may have taken an attempt is asked so often, each time for so long, before it is repeated all the same
@@ -119,6 +122,8 @@ class SendingShard(Shard):
             if not self._calls:
                 self.idle.set()
             await self._sleep()
+            if any(lane.queue for lane in self.lanes.values()):
+                await asyncio.sleep(_GATHER_SECONDS)
 
     async def drain(self) -> None:
         """As Shard.drain; deliveries that wait in memory are forgotten here and known to the ledger."""

@@ -5,7 +5,6 @@ The picture in the README is generated from this table (`make docs`). Every step
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from schemas import topics
@@ -31,7 +30,8 @@ class Step:
     """An agent, what it reads (most urgent first), its tables and what it writes.
 
     A step's inputs and tables have one partition count: shard n of it owns partition n of each. `tables` maps a table
-    to its changelog; None: `{role}.{step}.{table}`. The table `progress` holds the watermarks and is every step's.
+    to its changelog; None: the step's own, which the tables that are its alone share. `progress`, which holds the
+    watermarks, is every step's.
     """
 
     name: str
@@ -43,11 +43,20 @@ class Step:
     aged: tuple[str, ...] = ()  # tables that forget their oldest rows
     sorted: tuple[str, ...] = ()  # tables whose rows are found by the beginning of their key
     calls_providers: bool = False
+    urgent: tuple[str, ...] = ()  # inputs that those behind them in `reads` make room for
+
+    @property
+    def changelog(self) -> str:
+        """The topic of the tables that are the step's alone, as agents know topics."""
+        return f"{self.role}.{self.name}.changelog"
 
     def changelogs(self) -> dict[str, str]:
         """Return table → changelog topic, as agents know topics."""
-        own = f"{self.role}.{self.name}."
-        return {PROGRESS: f"{own}{PROGRESS}", **{table: log or f"{own}{table}" for table, log in self.tables}}
+        return {PROGRESS: self.changelog, **{table: log or self.changelog for table, log in self.tables}}
+
+    def own_tables(self) -> list[str]:
+        """Return the tables that share the step's own changelog: a transaction costs for each topic it writes to."""
+        return [table for table, log in self.changelogs().items() if log == self.changelog]
 
 
 def _sender(lane: Lane) -> Step:
@@ -109,6 +118,7 @@ TOPOLOGY: tuple[Step, ...] = (
         ),
         aged=("seen", "subjects"),
         sorted=("watches",),
+        urgent=(topics.requests(Lane.CRITICAL), topics.requests(Lane.NORMAL)),
         writes=(*TO_RECIPIENTS, topics.DECISIONS, topics.STATUS, topics.COMMANDS, topics.BROADCAST, *REQUESTS),
     ),
     _sender(Lane.CRITICAL),
@@ -144,12 +154,4 @@ def steps_of(role: Role) -> tuple[Step, ...]:
 
 def all_topics() -> list[TopicSpec]:
     """Return every topic of the system, changelogs included."""
-
-    def changelogs() -> Iterator[tuple[str, Count]]:
-        known = {spec.name for spec in specs()}
-        for step in TOPOLOGY:
-            for topic in step.changelogs().values():
-                if topic not in known:
-                    yield topic, step.count
-
-    return [*specs(), *(TopicSpec(name=name, count=count, retention_seconds=None) for name, count in changelogs())]
+    return [*specs(), *(TopicSpec(name=step.changelog, count=step.count, retention_seconds=None) for step in TOPOLOGY)]

@@ -35,7 +35,7 @@ from streams.settings import CLIENT_NEEDS, Settings
 from streams.tokens import issue
 from streams.topics import TopicSpec, physical
 from streams.topology import all_topics
-from streams.transport.changelog import apply_record
+from streams.transport.changelog import apply_record, parted_key
 from streams.transport.cluster import Cluster
 from streams.transport.records import Record, fetch
 
@@ -346,6 +346,11 @@ class System:
         for record in self.follow(topic):
             apply_record(found, record)
         return found
+
+    def table(self, step: str, table: str) -> dict[bytes, bytes]:
+        """Return the rows of a table that is a step's alone, by their own keys; `step` is role and step, as in `router.decide`."""
+        found = {parted_key(key): value for key, value in self.rows(f"{step}.changelog").items()}
+        return {key: value for (name, key), value in found.items() if name == table}
 
     # ---- the product's own ways in
 

@@ -35,7 +35,7 @@ TOPICS = (
     *(TopicSpec(name=name) for name in READS),
     TopicSpec(name=OUT, max_message_bytes=50_000),
     TopicSpec(name=topics.DEAD, max_message_bytes=DEAD_MAX_BYTES),
-    *(TopicSpec(name=name, retention_seconds=None) for name in STEP.changelogs().values()),
+    *(TopicSpec(name=name, retention_seconds=None) for name in dict.fromkeys(STEP.changelogs().values())),
 )
 
 

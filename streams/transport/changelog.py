@@ -28,24 +28,24 @@ def read_to_end(
     cluster: Cluster,
     *,
     group: str,
-    tables: Mapping[Place, dict[bytes, bytes]],
+    apply: Mapping[Place, Callable[[Record], None]],
     progress: Callable[[int], None] = lambda _count: None,
 ) -> int:
-    """Replay changelog partitions into `tables`, (topic, partition) -> rows; return the number of records read.
+    """Replay changelog partitions, each record into what its (topic, partition) has in `apply`; return how many were read.
 
     Blocks. The end is that of the moment when it is reached, by position: commit markers and aborted records after the
     last record do not matter. `progress` is told how many records each chunk held. Raises ChangelogError.
     """
-    if not tables:
+    if not apply:
         return 0
     consumer = Consumer(cluster.reading(group, fetch_wait_ms=10))
-    remaining = set(tables)
+    remaining = set(apply)
     count = 0
     silent_since = time.monotonic()
     try:
         # offsets, not "the beginning": librdkafka would wait half a second to look that up
-        firsts = offset_bounds(cluster, list(tables))
-        consumer.assign([TopicPartition(*place, firsts[place][0]) for place in tables])
+        firsts = offset_bounds(cluster, list(apply))
+        consumer.assign([TopicPartition(*place, firsts[place][0]) for place in apply])
         with _collector_at_rest():
             while remaining:
                 found = fetch(consumer, wait_seconds=_POLL_SECONDS, most=_CHUNK_RECORDS)
@@ -53,7 +53,7 @@ def read_to_end(
                     if error.code() in _HOPELESS:
                         raise ChangelogError(f"{place[0]}: {error}")
                 for record in found.records:
-                    apply_record(tables[(record.topic(), record.partition())], record)
+                    apply[(record.topic(), record.partition())](record)
                 remaining -= found.ends.keys()
                 if found.records or found.ends:
                     silent_since = time.monotonic()
@@ -71,6 +71,30 @@ def apply_record(rows: dict[bytes, bytes], record: Record) -> None:
     key, value = record.key(), record.value()
     if key is None:
         return
+    if value is None:
+        rows.pop(key, None)
+    else:
+        rows[key] = value
+
+
+def shared_key(table: str, key: bytes) -> bytes:
+    """Return the key of a row in a changelog that tables share."""
+    return b"%b\0%b" % (table.encode(), key)
+
+
+def parted_key(key: bytes) -> tuple[str, bytes]:
+    """Return (table, the row's own key) of a record in a changelog that tables share."""
+    table, _, own = key.partition(b"\0")
+    return table.decode(), own
+
+
+def apply_shared(tables: Mapping[bytes, dict[bytes, bytes]], record: Record) -> None:
+    """As `apply_record`, for a changelog that `tables`, by encoded name, share. A table that is not among them is not ours."""
+    table, _, key = (record.key() or b"").partition(b"\0")
+    rows = tables.get(table)
+    if rows is None:
+        return
+    value = record.value()
     if value is None:
         rows.pop(key, None)
     else:

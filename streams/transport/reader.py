@@ -8,7 +8,9 @@ end of a partition is told by position, not by record, since what follows the la
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ MAX_HELD_RECORDS = 2_000
 _POLL_SECONDS = 0.05
 _PATIENCE_SECONDS = 0.25
 _FETCH_WAIT_MS = 500
+# ends without a record are told so often: they move positions only, and there is one behind every lone record
+_ENDS_SECONDS = 0.25
 
 
 @dataclass(slots=True)
@@ -39,6 +43,23 @@ class Batch:
     epoch: int
     records: Sequence[Record]
     end_offset: int | None = None
+
+
+class _Ends:
+    """Ends of partitions, by partition, that nobody was told of yet."""
+
+    def __init__(self) -> None:
+        self.untold: dict[int, int] = {}
+        self._told_at = -math.inf
+
+    def due(self) -> dict[int, int]:
+        """Return what is to be told now, if it is time."""
+        now = time.monotonic()
+        if not self.untold or now - self._told_at < _ENDS_SECONDS:
+            return {}
+        due, self.untold = self.untold, {}
+        self._told_at = now
+        return due
 
 
 class Reader:
@@ -96,10 +117,11 @@ class Reader:
         try:
             consumer.assign([TopicPartition(self.topic, partition, offset) for partition, offset in positions.items()])
             paused: set[int] = set()
+            ends = _Ends()
             while not stopping.is_set():
                 if not self._has_room(consumer, paused, outstanding):
                     continue
-                batches = self._sort(fetch(consumer, wait_seconds=_POLL_SECONDS, most=MAX_BATCH_RECORDS), epoch)
+                batches = self._sort(fetch(consumer, wait_seconds=_POLL_SECONDS, most=MAX_BATCH_RECORDS), ends, epoch)
                 if batches and not stopping.is_set():
                     with self._lock:
                         for batch in batches:
@@ -132,7 +154,7 @@ class Reader:
         paused |= full
         return True
 
-    def _sort(self, found: Fetched, epoch: int) -> list[Batch]:
+    def _sort(self, found: Fetched, ends: _Ends, epoch: int) -> list[Batch]:
         for (_, partition), error in found.errors:
             if error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001 - confluent-kafka's public name for it
                 # the next start compares positions with what is left, counts the gap, and is not ready
@@ -142,8 +164,10 @@ class Reader:
         records: dict[int, list[Record]] = defaultdict(list)
         for record in found.records:
             records[record.partition()].append(record)
-        ends = {partition: end for (_, partition), end in found.ends.items()}
-        return [
-            *(Batch(self.topic, partition, epoch, each, ends.pop(partition, None)) for partition, each in records.items()),
-            *(Batch(self.topic, partition, epoch, (), end) for partition, end in ends.items()),
-        ]
+        ends.untold |= {partition: end for (_, partition), end in found.ends.items()}
+        batches = []
+        for partition, each in records.items():
+            end = ends.untold.pop(partition, None)
+            # one that was found before these records is none any more
+            batches.append(Batch(self.topic, partition, epoch, each, end if end is None or end > each[-1].offset() else None))
+        return [*batches, *(Batch(self.topic, partition, epoch, (), end) for partition, end in ends.due().items())]

@@ -64,6 +64,7 @@ class Writer:
         )
         self._config["on_delivery"] = self._on_delivery
         self._producer: Producer | None = None
+        self._is_begun = False
         self.is_open = False
 
     def acquire(self) -> None:
@@ -92,12 +93,16 @@ class Writer:
 
     def begin(self) -> None:
         """Begin a transaction."""
+        if self.is_open:
+            raise FencedError(f"{self.transactional_id}: a transaction is open already")
         self._too_large = False
+        producer = self._live()
         try:
-            self._live().begin_transaction()
+            if not self._is_begun:
+                producer.begin_transaction()
         except KafkaException as error:
             raise FencedError(f"{self.transactional_id}: {error.args[0]}") from error
-        self.is_open = True
+        self.is_open = self._is_begun = True
 
     def produce(  # noqa: PLR0913 - what a record is made of
         self,
@@ -135,7 +140,11 @@ class Writer:
                 if error.args[0].retriable() and time.monotonic() < deadline:
                     continue
                 self._raise(error)
-            self.is_open = False
+            self.is_open = self._is_begun = False
+            # the next one, here where waiting for librdkafka's own thread holds nobody up; the broker hears of its first record
+            with contextlib.suppress(KafkaException):  # said again by `begin`
+                producer.begin_transaction()
+                self._is_begun = True
             return
 
     def abort(self) -> None:
@@ -150,7 +159,7 @@ class Writer:
                 if error.args[0].retriable() and time.monotonic() < deadline:
                     continue
                 raise FencedError(f"{self.transactional_id}: {error.args[0]}") from error
-            self.is_open = False
+            self.is_open = self._is_begun = False
             return
 
     def discard(self) -> None:

@@ -74,7 +74,7 @@ def test_a_run_of_dead_letters_halts_its_input_and_loses_nothing(tally: System) 
     assert tally.count(OUT) == len(before) + len(urgent) + len(after)
     tally.await_ready(again)
     expected = Counter(key for key, _ in (*before, *urgent, *after))
-    assert {key: int(value) for key, value in tally.rows(STEP.changelogs()["counts"]).items()} == dict(expected)
+    assert {key: int(value) for key, value in tally.table(f"{STEP.role}.{STEP.name}", "counts").items()} == dict(expected)
 
 
 def test_a_sender_halts_the_channel_that_it_cannot_read_and_serves_the_other(stack: Stack, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from schemas.ids import partition_of
 from schemas.messages import Delivery
 from schemas.topics import Channel, Lane, Tier
 from streams.embedded.stack import Stack
+from streams.transport.changelog import shared_key
 from streams.transport.reader import MAX_HELD_RECORDS
 from tests.deliveries import a_delivery, changes, codec_of, give_keys, let_mail_server, publish
 from tests.harness import PARTITIONS, System, system, wait_for
@@ -202,7 +203,8 @@ def test_after_the_last_attempt_a_delivery_has_failed_and_is_a_dead_letter_as_it
     delivery = a_delivery(user, "last", address="refuse-452@example.com", attempt=8)
     ledger = Attempt(generation=0, number=7, state=AttemptState.DELAYED, failures=7, at_ms=round(datetime.now(UTC).timestamp() * 1000))
     partition = partition_of(user.encode(), PARTITIONS)
-    delaying.produce_to("sender-normal.send.attempts", partition, [(delivery.delivery_id.encode(), ledger.row())])
+    key = shared_key("attempts", delivery.delivery_id.encode())
+    delaying.produce_to("sender-normal.send.changelog", partition, [(key, ledger.row())])
     delaying.await_ready(delaying.start("sender-normal"), seconds=60)
     copy = a_delivery(user, "last", address="refuse-452@example.com", attempt=7)
     publish(delaying, topics.deliver(Channel.EMAIL, Lane.NORMAL), [copy, delivery, delivery])
@@ -272,7 +274,7 @@ def test_an_outage_spends_no_attempt_of_a_schedule(delaying: System) -> None:
     row = wait_for(
         lambda: [
             attempt
-            for value in delaying.rows("sender-critical.send.attempts").values()
+            for value in delaying.table("sender-critical.send", "attempts").values()
             if (attempt := Attempt.of(value)).state is AttemptState.DONE
         ],
         seconds=10,

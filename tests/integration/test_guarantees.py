@@ -368,7 +368,7 @@ def test_a_router_frozen_for_15_s_that_wakes_after_its_hand_over_regresses_nothi
     assert set(once.values()) == {1}
     stored = running.rows("preferences")
     assert {unpack(stored[user.encode()][5:], UserPreferences).version for user in users} == {1}
-    seen = running.rows("router.decide.seen")
+    seen = running.table("router.decide", "seen")
     assert all(found.encode() in seen for found in wanted)
     running.stop(other)
 
@@ -389,7 +389,8 @@ def test_a_worker_with_another_seal_key_leaves_before_it_sends_anything(running:
 def test_groups_reset_to_the_beginning_repeat_nothing(running: System) -> None:
     mails = running.mails()
     counts = {topic: running.count(topic) for topic in ("decisions", "status", requests(Lane.NORMAL))}
-    tables = {topic: running.rows(topic) for topic in ("views.project.inbox", "views.project.notifications", "router.decide.seen")}
+    shown = (("views.project", "inbox"), ("views.project", "notifications"), ("router.decide", "seen"))
+    tables = {place: running.table(*place) for place in shown}
     running.stop(*(running.workers[f"{role}-a"] for role in ROLES))
     running.delete_groups(ROLES)
     for role in ROLES:
@@ -401,9 +402,9 @@ def test_groups_reset_to_the_beginning_repeat_nothing(running: System) -> None:
     assert running.mails() == mails
     assert running.count("decisions") == counts["decisions"] + 1
     assert running.count(requests(Lane.NORMAL)) == counts[requests(Lane.NORMAL)] + 1
-    for topic, before in tables.items():
-        after = running.rows(topic)
-        assert {key: after.get(key) for key in before} == before, topic
+    for place, before in tables.items():
+        after = running.table(*place)
+        assert {key: after.get(key) for key in before} == before, place
 
 
 def test_a_fresh_router_sends_nothing_to_100000_stored_opt_outs(stack: Stack, tmp_path: Path) -> None:

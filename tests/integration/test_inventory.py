@@ -121,7 +121,7 @@ def test_stock_at_or_below_the_products_threshold_is_low_and_the_staff_hear_it_o
     product = "prod-low"
     line = json.dumps({"productId": product, "name": "Lamp", "lowStockThreshold": 20})
     assert running.notify("produce", "products", "-", stdin=line).returncode == 0
-    wait_for(lambda: running.rows("stock.level.products").get(product.encode()), seconds=20, what="the product known")
+    wait_for(lambda: running.table("stock.level", "products").get(product.encode()), seconds=20, what="the product known")
     levels = (31, 21, 20, 19)
     adjust(running, *(an_adjustment(f"low-{after}", product, before, after) for before, after in zip((40, *levels), levels, strict=False)))
     assert await_decisions(running, product, 4) == ["no_rule_matched", "no_rule_matched", "broadcast", "no_rule_matched"]

@@ -89,7 +89,7 @@ def test_a_report_settles_its_delivery_whether_it_comes_before_the_outcome_after
         assert (settled.attempt, settled.provider, settled.reference) == (1, "email", reference(each))
     wait_for(lambda: signals.metric("notify_events_total", outcome="repeated") >= 1, seconds=30, what="the repetition counted")
     assert sum(change.status == "delivered" for change in changes(running, twice)) == 1
-    assert not running.rows("signals.match.waiting")
+    assert not running.table("signals.match", "waiting")
 
 
 def test_bounced_beats_delivered_in_either_order(running: System) -> None:
@@ -151,7 +151,7 @@ def test_a_report_on_an_attempt_of_unknown_end_settles_it_and_it_is_not_sent_aga
     report(running, unknown)
     wait_for(lambda: sender.metric("notify_settled_total", channel="email", status="delivered") == 1, seconds=60, what="it settled")
     assert current(running, unknown).status == "delivered"
-    row = running.rows("sender-normal.send.attempts")[unknown.delivery_id.encode()]
+    row = running.table("sender-normal.send", "attempts")[unknown.delivery_id.encode()]
     assert Attempt.of(row).state is AttemptState.DONE
     # what comes back of it begins nothing
     begun = sum(change.status == "sending" for change in changes(running, unknown))

@@ -249,7 +249,7 @@ async def test_both_clients_authenticate_with_tokens(running: System, broker: Se
         tokens=tokens,
     )
     cluster = Cluster(bootstrap=f"{LOOPBACK}:{broker.heard['TOKENS']}", security=security)
-    progress = running.topic("signals.engage.progress")
+    progress = running.topic("signals.engage.changelog")
     transactional_id = f"notify-{progress}-tokens"
 
     def write() -> None:

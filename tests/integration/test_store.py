@@ -72,12 +72,12 @@ def stored(world: System) -> dict[str, bytes]:
 
 
 def in_table(world: System) -> dict[str, bytes]:
-    return {key.decode(): value for key, value in world.rows("views.project.notifications").items()}
+    return {key.decode(): value for key, value in world.table("views.project", "notifications").items()}
 
 
 def listed(world: System, user: str) -> list[str]:
     """Return the ids on the shelf inbox of a user's row in the table."""
-    return [each for _, each in Inbox.decode(world.rows("views.project.inbox").get(user.encode())).listed()]
+    return [each for _, each in Inbox.decode(world.table("views.project", "inbox").get(user.encode())).listed()]
 
 
 # by environment and id: what was published of each notification, merged

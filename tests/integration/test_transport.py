@@ -21,7 +21,6 @@ from tests.tally_app import OUT, STEP, TOPICS
 MODULE = "tests.tally_app"
 ROLE = "signals"
 COUNTS = STEP.changelogs()["counts"]
-PROGRESS = STEP.changelogs()["progress"]
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def audit(tally: System, sent: list[tuple[bytes, bytes]]) -> None:
     for message in out:
         sequences[message.key() or b""].append(int(text(message).rpartition(b":")[2].rstrip(b".")))
     assert all(found == list(range(1, expected[key] + 1)) for key, found in sequences.items())
-    assert {key: int(value) for key, value in tally.rows(COUNTS).items()} == dict(expected)
+    assert {key: int(value) for key, value in tally.table(f"{STEP.role}.{STEP.name}", "counts").items()} == dict(expected)
 
 
 def await_out(tally: System, count: int, *, seconds: float = 60) -> None:

@@ -141,7 +141,7 @@ def test_webhooks_are_no_part_of_the_notification_and_their_secrets_are_nowhere(
     wait_for(lambda: messages(told, "orders", "zoe"), seconds=60, what="zoe told of")
     views = running.workers["views-a"]
     wait_for(lambda: views.metric("notify_events_total", outcome="of_subscriber") >= 1, seconds=30, what="left out by the projection")
-    row = json.loads(running.rows("views.project.notifications")[identity.encode()])
+    row = json.loads(running.table("views.project", "notifications")[identity.encode()])
     assert {channel for channel, *_ in row["deliveries"].values()} == {"email"}
     raw = b"".join((record.key() or b"") + (record.value() or b"") for record in running.read(topics.deliver("webhook", Lane.NORMAL)))
     for planted in (b"tenant=7", subscriber(told, "orders").secret.encode(), b"/hooks/"):

@@ -12,6 +12,7 @@ import gc
 gc.disable()
 
 import asyncio
+import faulthandler
 import logging
 import os
 import sys
@@ -834,6 +835,7 @@ def app_from_environment() -> Worker:
         problems = error.problems if isinstance(error, SettingsError) else [str(error)]
         sys.stderr.write("This worker cannot start:\n" + "".join(f"  - {problem}\n" for problem in problems))
         raise SystemExit(EXIT_SETTINGS) from None
+    faulthandler.enable()  # what a C library does wrong is not without a word: the trace of every thread goes to stderr
     # as `faust -L uvloop` does, which nobody should have to remember: a tenth of a sender's processor time
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     step_back([app.role])

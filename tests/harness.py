@@ -140,6 +140,7 @@ class System:
         self.partitions = partitions
         self.workers: dict[str, WorkerProcess] = {}
         self._supervising = True
+        self._starting = threading.Lock()  # nobody is given up while it is started again
         self._kept: Producer | None = None
         self._foreign: dict[str, tuple[int, Any]] = {}
         self.admin = AdminClient(self._kafka)
@@ -209,7 +210,8 @@ class System:
     def stop(self, *workers: WorkerProcess, seconds: float = 40) -> None:
         """Stop workers in good order, all at once, and do not start them again."""
         for worker in workers:
-            worker.is_wanted = False
+            with self._starting:
+                worker.is_wanted = False
             assert worker.process is not None
             worker.process.terminate()
         for worker in workers:
@@ -217,8 +219,18 @@ class System:
             worker.process.wait(seconds)
         self.workers = {name: each for name, each in self.workers.items() if each not in workers}
 
+    def give_up(self, worker: WorkerProcess) -> None:
+        """Kill a worker, and do not start it again."""
+        with self._starting:
+            worker.is_wanted = False
+        assert worker.process is not None
+        worker.process.kill()
+        worker.process.wait(10)
+        del self.workers[worker.name]
+
     def close(self) -> None:
-        self._supervising = False
+        with self._starting:
+            self._supervising = False
         for worker in self.workers.values():
             worker.is_wanted = False
             if worker.process is not None and worker.process.poll() is None:
@@ -244,9 +256,11 @@ class System:
         pause = threading.Event()
         while self._supervising:
             for worker in list(self.workers.values()):
-                if worker.process is not None and worker.is_wanted and (code := worker.process.poll()) is not None:
-                    worker.exits.append(code)
-                    worker.start()
+                with self._starting:
+                    process = worker.process if self._supervising and worker.is_wanted else None
+                    if process is not None and (code := process.poll()) is not None:
+                        worker.exits.append(code)
+                        worker.start()
             pause.wait(0.1)
 
     def delete_groups(self, roles: Iterable[str]) -> None:

@@ -377,13 +377,9 @@ def test_a_worker_with_another_seal_key_leaves_before_it_sends_anything(running:
     other = base64.b64encode(bytes(32)).decode()
     worker = running.start("sender-bulk", NOTIFY_SEAL_KEY=other)
     wait_for(lambda: worker.exits, seconds=60, what="its end")
-    worker.is_wanted = False
+    running.give_up(worker)
     assert worker.exits[0] == 75
     assert "NOTIFY_SEAL_KEY is not the key that wrapped the users' keys" in worker.log_text()
-    assert worker.process is not None
-    worker.kill()
-    worker.process.wait(10)
-    del running.workers[worker.name]
 
 
 def test_groups_reset_to_the_beginning_repeat_nothing(running: System) -> None:

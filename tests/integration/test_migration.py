@@ -172,12 +172,8 @@ def cut_by_kill(running: System) -> None:
     for count in (OLD, NEW):
         worker = running.start("router", name=f"early-{count}", is_static=False, NOTIFY_PARTITIONS=str(count))
         wait_for(partial(bool, worker.exits), seconds=60, what="its end")
-        worker.is_wanted = False
-        assert worker.process is not None
-        worker.process.kill()
-        worker.process.wait(10)
+        running.give_up(worker)
         assert f"this worker expects {count}" in worker.log_text()
-        del running.workers[worker.name]
 
 
 def cut_in_history(running: System) -> None:

@@ -30,7 +30,7 @@ from streams.security import KafkaSecurity, Mechanism, Protocol, Tls, TokenSourc
 from streams.settings import CLIENT_NEEDS, Settings
 from streams.transport.cluster import Cluster
 from streams.transport.credentials import credentials
-from tests.harness import System, WorkerProcess, system, wait_for
+from tests.harness import System, system, wait_for
 from tests.integration.test_guarantees import identity, mailing, of_run, payment
 from tests.secure_kafka import ADMIN, ADMIN_PASSWORD, Loop, SecureBroker, secure_broker
 
@@ -124,7 +124,7 @@ def test_a_worker_that_lacks_a_right_names_it_and_leaves(running: System, broker
         said = f"Kafka does not grant {shown} to SASL_SSL with SCRAM-SHA-512 as notify-{role}"
         wait_for(lambda: said in worker.log_text(), seconds=60, what=f"{said}\n{worker.log_text()[-2000:]}")
         wait_for(lambda: worker.exits, seconds=20, what="its end")
-        end(running, worker)
+        running.give_up(worker)
         assert worker.exits[0] == 75
         assert f"notify topics acls --role {role}" in worker.log_text()
         assert PASSWORD not in worker.log_text()
@@ -144,20 +144,12 @@ def test_a_missing_right_on_transactions_is_named(running: System, broker: Secur
         said = f"Kafka does not grant Write on transactional id notify-notify.{running.name}.sender-bulk."
         wait_for(lambda: said in worker.log_text(), seconds=60, what=f"{said}\n{worker.log_text()[-2000:]}")
         wait_for(lambda: worker.exits, seconds=20, what="its end")
-        end(running, worker)
+        running.give_up(worker)
         assert worker.exits[0] == 75
         rights = part(running, "rights", NOTIFY_ROLE="sender-bulk", **named("sender-bulk"))
         assert taken.shown in str(rights.advice)
     finally:
         broker.grant("notify-sender-bulk", [taken])
-
-
-def end(running: System, worker: WorkerProcess) -> None:
-    worker.is_wanted = False
-    assert worker.process is not None
-    worker.process.kill()
-    worker.process.wait(10)
-    del running.workers[worker.name]
 
 
 # ---- what doctor says

@@ -68,13 +68,9 @@ def read_to_end(
 
 def apply_record(rows: dict[bytes, bytes], record: Record) -> None:
     """Change `rows` as a record of a compacted topic says. A record without a key changes nothing."""
-    key, value = record.key(), record.value()
-    if key is None:
-        return
-    if value is None:
-        rows.pop(key, None)
-    else:
-        rows[key] = value
+    key = record.key()
+    if key is not None:
+        _change(rows, key, record.value())
 
 
 def shared_key(table: str, key: bytes) -> bytes:
@@ -91,10 +87,11 @@ def parted_key(key: bytes) -> tuple[str, bytes]:
 def apply_shared(tables: Mapping[bytes, dict[bytes, bytes]], record: Record) -> None:
     """As `apply_record`, for a changelog that `tables`, by encoded name, share. A table that is not among them is not ours."""
     table, _, key = (record.key() or b"").partition(b"\0")
-    rows = tables.get(table)
-    if rows is None:
-        return
-    value = record.value()
+    if (rows := tables.get(table)) is not None:
+        _change(rows, key, record.value())
+
+
+def _change(rows: dict[bytes, bytes], key: bytes, value: bytes | None) -> None:
     if value is None:
         rows.pop(key, None)
     else:

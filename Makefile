@@ -20,14 +20,14 @@ help: ## list the targets
 
 setup: $(STAMP) ## make the virtual environment from the hashed lock, and install the pre-commit hooks
 
-# --no-deps: the lock is complete, and pip need not resolve it again
+# --no-deps: the lock is complete, and pip need not resolve it again; --no-compile: Python compiles what it imports, a part of it all
 $(STAMP): requirements.txt
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 	  || { echo "Python 3.11 is needed. Install it, or say where it is: make setup PYTHON=/path/to/python3.11"; exit 1; }
 	@"$(BIN)/python" -c 'import pip' 2>/dev/null || { echo "creating $(VENV)"; "$(PYTHON)" -m venv --clear "$(VENV)"; } \
 	  || { echo "Python's venv is missing. On Debian: apt install python3.11-venv"; exit 1; }
 	@echo "installing $$(grep -c '^[a-z0-9.-]*==' requirements.txt) packages from requirements.txt, each checked against its hash"
-	@"$(BIN)/python" -m pip install --require-hashes --no-deps --requirement requirements.txt
+	@"$(BIN)/python" -m pip install --require-hashes --no-deps --no-compile --requirement requirements.txt
 	@"$(BIN)/python" .ci/link_project.py "$(ROOT)"
 	@if [ -e .git ] && [ -z "$$CI" ] && command -v git >/dev/null; then "$(BIN)/pre-commit" install \
 	  || echo "the pre-commit hooks were not installed; everything else is ready"; fi

@@ -6,35 +6,15 @@ Data goes to stdout, with `--json` as one JSON document or as one line each; eve
 
 from __future__ import annotations
 
+import gc
 import sys
-from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from importlib import import_module
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
-from streams.cli import (
-    console,
-    dead,
-    doctor,
-    inbox,
-    preferences,
-    preview,
-    produce,
-    provision,
-    rebuild,
-    recall,
-    receipts,
-    segments,
-    send,
-    simulate,
-    store,
-    token,
-    trail,
-    up,
-    watch,
-    why,
-)
+from streams.cli import console
 from streams.cli.errors import explain
 
 DISTRIBUTION = "flowmart-notifications"
@@ -58,46 +38,65 @@ class Commands(TyperGroup):
             raise typer.Exit(exit_code) from error
 
 
-app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=console.examples(
-        "notify produce payments payments.ndjson",
-        "notify why cust_10482 evt_pp_a1b2c3d4-e5f6-7890-abcd-ef1234567890",
-        "notify doctor",
-    ),
-)
+class Command(NamedTuple):
+    """A command and where it is: a function of a module, or, without one, the module's commands as its own."""
 
-# one row a command: name, function, epilog, panel in the help
-for _name, _function, _epilog, _panel in (
-    ("produce", produce.produce, produce.EPILOG, _TELL),
-    ("send", send.send, send.EPILOG, _TELL),
-    ("watch", watch.watch, watch.EPILOG, _TELL),
-    ("suppress", recall.suppress, recall.SUPPRESS_EPILOG, _TELL),
-    ("preview", preview.preview, preview.EPILOG, _ASK),
-    ("segments", segments.segments, segments.EPILOG, _ASK),
-    ("trail", trail.trail, trail.EPILOG, _ASK),
-    ("why", why.why, why.EPILOG, _ASK),
-    ("user", inbox.user, inbox.EPILOG, _ASK),
-    ("token", token.token, token.EPILOG, _ASK),
-    ("up", up.up, up.EPILOG, _RUN),
-    ("simulate", simulate.simulate, simulate.EPILOG, _RUN),
-    ("doctor", doctor.doctor, doctor.EPILOG, _RUN),
-):
-    app.command(_name, epilog=_epilog, rich_help_panel=_panel)(_function)
-app.add_typer(preferences.app, name="prefs", rich_help_panel=_TELL)
-app.add_typer(recall.app, name="recall", rich_help_panel=_TELL)
-app.add_typer(receipts.app, name="receipts", rich_help_panel=_TELL)
-app.add_typer(provision.app, name="topics", rich_help_panel=_RUN)
-app.add_typer(dead.app, name="dlq", rich_help_panel=_ASK)
-app.add_typer(store.app, name="store", rich_help_panel=_RUN)
-app.add_typer(rebuild.app, name="rebuild", rich_help_panel=_RUN)
+    module: str
+    panel: str
+    function: str | None = None
+    epilog: str = "EPILOG"
 
 
-@app.callback()
+COMMANDS: Final = {
+    "produce": Command("produce", _TELL, "produce"),
+    "send": Command("send", _TELL, "send"),
+    "watch": Command("watch", _TELL, "watch"),
+    "suppress": Command("recall", _TELL, "suppress", "SUPPRESS_EPILOG"),
+    "preview": Command("preview", _ASK, "preview"),
+    "segments": Command("segments", _ASK, "segments"),
+    "trail": Command("trail", _ASK, "trail"),
+    "why": Command("why", _ASK, "why"),
+    "user": Command("inbox", _ASK, "user"),
+    "token": Command("token", _ASK, "token"),
+    "up": Command("up", _RUN, "up"),
+    "simulate": Command("simulate", _RUN, "simulate"),
+    "doctor": Command("doctor", _RUN, "doctor"),
+    "prefs": Command("preferences", _TELL),
+    "recall": Command("recall", _TELL),
+    "receipts": Command("receipts", _TELL),
+    "topics": Command("provision", _RUN),
+    "dlq": Command("dead", _ASK),
+    "store": Command("store", _RUN),
+    "rebuild": Command("rebuild", _RUN),
+}
+
+
+def build(name: str | None = None) -> typer.Typer:
+    """Return the commands, with the one of this `name` alone if there is one: to import all takes twice as long as most run."""
+    app = typer.Typer(
+        cls=Commands,
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog=console.examples(
+            "notify produce payments payments.ndjson",
+            "notify why cust_10482 evt_pp_a1b2c3d4-e5f6-7890-abcd-ef1234567890",
+            "notify doctor",
+        ),
+    )
+    app.callback()(options)
+    for each in [name] if name in COMMANDS else COMMANDS:
+        command = COMMANDS[each]
+        module = import_module(f"{__name__}.{command.module}")
+        if command.function is None:
+            app.add_typer(module.app, name=each, rich_help_panel=command.panel)
+        else:
+            epilog = getattr(module, command.epilog)
+            app.command(each, epilog=epilog, rich_help_panel=command.panel)(getattr(module, command.function))
+    return app
+
+
 def options(
     *,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from, for a bug report.")] = False,
@@ -116,6 +115,10 @@ def options(
 def main() -> None:
     """Run the command line."""
     try:
+        name = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+        gc.disable()  # nothing that is imported is garbage
+        app = build(name)
+        gc.enable()
         app(prog_name="notify")
     except KeyboardInterrupt:  # before a command runs; Typer sees those that come later
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
@@ -124,6 +127,8 @@ def main() -> None:
 def _print_version(*, is_asked: bool) -> None:
     if not is_asked:
         return
+    from importlib.metadata import PackageNotFoundError, version  # a tenth of a second, for one option
+
     try:
         number = version(DISTRIBUTION)
     except PackageNotFoundError:  # run from a checkout that is not installed

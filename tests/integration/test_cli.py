@@ -35,7 +35,7 @@ from schemas.ids import notification_id, partition_of
 from schemas.messages import Command, DecisionRecord, NotificationRequested, RequestData, UserKey, UserPreferences
 from schemas.sealed import KEY_BYTES, unseal, wrap
 from streams import provisioning
-from streams.cli import app, keys, provision
+from streams.cli import build, keys, provision
 from streams.cli.errors import CliError
 from streams.cli.kafka import Publisher, Reader, admin
 from streams.cli.preferences import find_preferences
@@ -67,7 +67,7 @@ def environment(stack: Stack, tmp_path: Path) -> dict[str, str]:
 
 def run(env: Mapping[str, str], *args: str, stdin: str | bytes | None = None, expect: int = 0) -> Result:
     hidden = {name: None for name in os.environ if name.startswith("NOTIFY_")}
-    result = CliRunner().invoke(app, list(args), env={**hidden, **env}, input=stdin)
+    result = CliRunner().invoke(build(), list(args), env={**hidden, **env}, input=stdin)
     assert result.exit_code == expect, f"exit code {result.exit_code}\n{result.output}\n{result.exception!r}"
     return result
 

@@ -28,7 +28,7 @@ from schemas.ids import is_notification_id
 from schemas.messages import Contact
 from schemas.sealed import unseal
 from streams import provisioning
-from streams.cli import app, console, records
+from streams.cli import build, console, records
 from streams.cli.context import find_running, load_settings, remove_running, write_running
 from streams.cli.dead import hexdump
 from streams.cli.errors import CliError
@@ -72,7 +72,7 @@ def ended_pid() -> int:
 def run(*args: str, env: Mapping[str, str], stdin: str | bytes | None = None) -> Result:
     """Run `notify` with no NOTIFY_* variables but those of `env`."""
     hidden = {name: None for name in os.environ if name.startswith("NOTIFY_")}
-    return CliRunner().invoke(app, list(args), env={**hidden, **env}, input=stdin)
+    return CliRunner().invoke(build(), list(args), env={**hidden, **env}, input=stdin)
 
 
 def as_text(renderable: object, width: int = 160) -> str:

@@ -16,7 +16,7 @@ from schemas import topics
 from schemas.topics import Channel, Lane, Tier
 from streams import documents
 from streams.app import _FOLLOWED
-from streams.cli import app as commands
+from streams.cli import build
 from streams.documents import BEGIN, END, PROVIDERS, ROOT, metrics, outdated
 from streams.outside import FOLLOWERS, OUTSIDE
 from streams.roles import Role
@@ -231,8 +231,10 @@ def test_every_file_that_is_named_exists(name: str) -> None:
 
 # ---- commands
 
+ALL_COMMANDS = build()
 
-def command_names(group: typer.Typer = commands, prefix: str = "") -> Iterator[str]:
+
+def command_names(group: typer.Typer = ALL_COMMANDS, prefix: str = "") -> Iterator[str]:
     for command in group.registered_commands:
         yield f"{prefix}{command.name}"
     for inner in group.registered_groups:
@@ -261,7 +263,7 @@ def test_the_readme_has_a_line_for_every_command() -> None:
     # `notify recall` is a command and a group
     both = {
         inner.name
-        for inner in commands.registered_groups
+        for inner in ALL_COMMANDS.registered_groups
         if inner.typer_instance and inner.typer_instance.info.invoke_without_command is True
     }
     assert table == set(command_names()) - groups | both

@@ -9,13 +9,13 @@ from typer.testing import CliRunner, Result
 
 from agents.triggers import RULES
 from schemas.topics import Channel
-from streams.cli import app
+from streams.cli import build
 from streams.cli.preview import example_data, html_as_text
 from templates.render import Templates
 
 
 def preview(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["preview", *arguments], env={"COLUMNS": "120"})
+    return CliRunner().invoke(build(), ["preview", *arguments], env={"COLUMNS": "120"})
 
 
 @pytest.mark.parametrize("rule", RULES)

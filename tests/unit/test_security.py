@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from schemas import topics
 from schemas.errors import SettingsError
-from streams.cli import app
+from streams.cli import build
 from streams.outside import FOLLOWERS
 from streams.rights import Kind, Operation, Right, rights_of, rights_of_operator
 from streams.roles import Role
@@ -226,7 +226,7 @@ def test_no_right_of_a_role_reaches_into_another_role_or_environment() -> None:
 
 def test_the_rights_are_printed_as_options_of_kafka_acls() -> None:
     done = CliRunner().invoke(
-        app, ["topics", "acls", "--role", "router", "--commands", "--principal", "User:CN=router"], env={"NOTIFY_ENV": "x"}
+        build(), ["topics", "acls", "--role", "router", "--commands", "--principal", "User:CN=router"], env={"NOTIFY_ENV": "x"}
     )
     assert done.exit_code == 0, done.output
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
@@ -235,7 +235,7 @@ def test_the_rights_are_printed_as_options_of_kafka_acls() -> None:
     assert ["--operation", "Write", "--topic", "notify.x.decisions"] in [line[3:] for line in lines]
     prefixed = ["--operation", "Write", "--transactional-id", "notify-notify.x.router.", "--resource-pattern-type", "prefixed"]
     assert prefixed in [line[3:] for line in lines]
-    unknown = CliRunner().invoke(app, ["topics", "acls", "--role", "nobody"], env={"NOTIFY_ENV": "x"})
+    unknown = CliRunner().invoke(build(), ["topics", "acls", "--role", "nobody"], env={"NOTIFY_ENV": "x"})
     assert unknown.exit_code == 2
     assert "'nobody' is no role" in unknown.stderr
 

@@ -6,11 +6,11 @@ import json
 
 from typer.testing import CliRunner, Result
 
-from streams.cli import app
+from streams.cli import build
 
 
 def segments(*arguments: str, stdin: str = "") -> Result:
-    return CliRunner().invoke(app, ["segments", *arguments], env={"COLUMNS": "200"}, input=stdin)
+    return CliRunner().invoke(build(), ["segments", *arguments], env={"COLUMNS": "200"}, input=stdin)
 
 
 def test_a_text_is_shown_with_what_its_segments_hold() -> None:

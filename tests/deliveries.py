@@ -83,7 +83,7 @@ def publish(system: System, topic: str, deliveries: Iterable[Delivery]) -> None:
 def changes(system: System, *deliveries: Delivery) -> list[StatusChange]:
     """Return the status changes of these deliveries, partition by partition in their order."""
     wanted = {delivery.delivery_id for delivery in deliveries}
-    found: list[StatusChange] = [system.decode(message, StatusChange) for message in system.read(topics.STATUS)]
+    found: list[StatusChange] = system.messages(topics.STATUS, StatusChange)
     return [change for change in found if change.delivery_id in wanted]
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -42,6 +42,7 @@ from streams.transport.records import Record, fetch
 ROOT = Path(__file__).parent.parent
 PARTITIONS = 4
 PRINTED_SECONDS = 2.0
+M = TypeVar("M")
 _counter = itertools.count(1)
 
 
@@ -143,6 +144,8 @@ class System:
         self._starting = threading.Lock()  # nobody is given up while it is started again
         self._kept: Producer | None = None
         self._foreign: dict[str, tuple[int, Any]] = {}
+        self._read: dict[str, list[Record]] = {}
+        self._messages: dict[str, list[Any]] = {}
         self.admin = AdminClient(self._kafka)
         key = base64.b64encode(bytes(range(32))).decode()
         self.variables = {
@@ -324,10 +327,19 @@ class System:
         return made
 
     def read(self, topic: str) -> list[Record]:
-        """Return every committed record of a topic, to the end that it has now."""
-        return list(self.follow(topic))
+        """Return every committed record of a topic, to the end that it has now. What was read before is not read again."""
+        seen = self._read.setdefault(topic, [])
+        seen += self.follow(topic, after=seen)
+        return list(seen)
 
-    def follow(self, topic: str) -> Iterator[Record]:
+    def messages(self, topic: str, kind: type[M]) -> list[M]:
+        """Return every committed record of one of our topics as its message."""
+        seen = self._messages.setdefault(topic, [])
+        seen += (self.decode(record, kind) for record in self.read(topic)[len(seen) :])
+        return list(seen)
+
+    def follow(self, topic: str, *, after: Iterable[Record] = ()) -> Iterator[Record]:
+        """Read a topic from its start, or from behind these records of it, to the end that it has now."""
         consumer = Consumer(
             {
                 **self._kafka,
@@ -341,7 +353,8 @@ class System:
         )
         name = self.topic(topic)
         partitions = range(len(self.admin.list_topics(name).topics[name].partitions))
-        consumer.assign([TopicPartition(name, partition, 0) for partition in partitions])
+        starts = {record.partition(): record.offset() + 1 for record in after}
+        consumer.assign([TopicPartition(name, partition, starts.get(partition, 0)) for partition in partitions])
         remaining = set(partitions)
         try:
             while remaining:
@@ -352,7 +365,7 @@ class System:
             consumer.close()
 
     def count(self, topic: str) -> int:
-        return sum(1 for _ in self.follow(topic))
+        return len(self.read(topic))
 
     def rows(self, topic: str) -> dict[bytes, bytes]:
         """Return what a compacted topic says."""

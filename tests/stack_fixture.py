@@ -18,13 +18,14 @@ BROKER_DEADLINE_SECONDS = 180
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Return a running stack, on an event loop and thread of its own: servers die with the thread they began in."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="embedded-stack", daemon=True)
     thread.start()
     try:
-        starting = start_stack(tmp_path_factory.mktemp("stack"), ports=Ports.free())
+        is_long = any(item.get_closest_marker("soak") for item in request.session.items)
+        starting = start_stack(tmp_path_factory.mktemp("stack"), ports=Ports.free(), has_short_life=not is_long)
         running = asyncio.run_coroutine_threadsafe(starting, loop).result()
         # a killed broker that is slow to come back on a busy machine must not take every later test with it
         running.broker.ready_deadline_seconds = BROKER_DEADLINE_SECONDS

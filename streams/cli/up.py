@@ -333,7 +333,12 @@ class Up:
 
         options = self._options
         stack = await start_stack(
-            options.data_dir, ports=options.server_ports(), progress=tell, simulators=True, warm_up=not options.is_once
+            options.data_dir,
+            ports=options.server_ports(),
+            progress=tell,
+            simulators=True,
+            warm_up=not options.is_once,
+            has_short_life=options.is_once,
         )
         self._stack = stack
         for server in stack.servers:

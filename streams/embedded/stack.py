@@ -218,13 +218,15 @@ async def start_stack(  # noqa: PLR0913
     postgres: bool = True,
     simulators: bool = False,
     warm_up: bool = True,
+    has_short_life: bool = False,
 ) -> Stack:
     """Start the stack on the data in `data_dir`, creating it the first time; return when everything answers.
 
     `cache_dir` holds what is downloaded (default: NOTIFY_CACHE_DIR or the user's cache folder). `progress` is called
     with a component and a message, from the event loop and from download threads. `warm_up` lets a later start be
-    faster, see `WarmUp`. Raises StackError, naming the process that holds a port or the folder, the disk that is full, or
-    with the last log lines of what did not start; nothing is left running then.
+    faster, see `WarmUp`; with `has_short_life` it is for minutes, and Kafka compiles itself less. Raises StackError, naming
+    the process that holds a port or the folder, the disk that is full, or with the last log lines of what did not start;
+    nothing is left running then.
     """
     data_dir = data_dir.absolute()  # noqa: ASYNC240
     cache = (cache_dir or artifacts.default_cache_dir(os.environ)).absolute()
@@ -257,6 +259,7 @@ async def start_stack(  # noqa: PLR0913
             simulators_process=SimulatorsServer(data_dir / "simulators", env=os.environ) if simulators else None,
             _lock=lock,
         )
+        stack.broker.has_short_life = has_short_life
         # together: each of them alone may have room enough
         if short := disk.shortage({server.data_dir: server.room_bytes for server in stack.servers}, "the stack"):
             raise DiskFullError(short)

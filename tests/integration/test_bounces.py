@@ -82,7 +82,7 @@ def test_a_bounce_and_a_complaint_become_status_and_suppression(running: System)
     assert ends(running, complained) == [("delivered", "abuse")]
     assert ends(running, arrived) == []
     wait_for(lambda: running.count(topics.CONTROL) >= 2, seconds=30, what="two suppressions")
-    orders: list[ControlEntry] = [running.decode(message, ControlEntry) for message in running.read(topics.CONTROL)]
+    orders: list[ControlEntry] = running.messages(topics.CONTROL, ControlEntry)
     assert {order.reason for order in orders} == {Suppression.HARD_BOUNCE, Suppression.COMPLAINT}
     signals = running.workers["signals-a"]
     assert signals.metric("notify_bounces_total", outcome="reported") == 2

@@ -94,7 +94,7 @@ def test_a_leader_that_is_killed_and_a_broker_that_is_lost_cost_nothing(running:
         what="every delivery done",
     )
     wait_for(lambda: all(len(inbox_of(running, user)) == TOTAL // len(USERS) for user in USERS[:10]), seconds=60, what="inboxes complete")
-    requested = (running.decode(message, NotificationRequested) for message in running.read(requests(Lane.NORMAL)))
+    requested = running.messages(requests(Lane.NORMAL), NotificationRequested)
     once = {
         "requests": Counter(request.event_id for request in requested if request.event_id.startswith(f"payment:{RUN}-pay")),
         "decisions": Counter(record.notification_id for record in of_run(running, "decisions", DecisionRecord, wanted)),

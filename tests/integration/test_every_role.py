@@ -141,7 +141,7 @@ def kill_when_moved(made: System, role: str, records: int) -> Callable[[], Worke
 
 def counted(made: System, topic: str, ids: set[str]) -> Counter[str]:
     """Return how often each delivery of these notifications is in a topic."""
-    found = (made.decode(record, Delivery) for record in made.read(topic))
+    found = made.messages(topic, Delivery)
     return Counter(delivery.delivery_id for delivery in found if delivery.notification_id in ids)
 
 
@@ -157,7 +157,7 @@ def test_stock_broadcasts_and_both_other_senders_survive_kills(running: System) 
         assert kill().exits[-1] == -signal.SIGKILL
     mailed = {delivery_id(found, Channel.EMAIL) for lane in wanted.values() for found in lane}  # type: ignore[arg-type]  # ids as text
     wait_for(lambda: mailed <= running.mails().keys(), seconds=150, what="every mail")
-    out = [running.decode(record, OutOfStock) for record in running.read(topics.OUT_OF_STOCK)]
+    out = running.messages(topics.OUT_OF_STOCK, OutOfStock)
     ran_out = Counter(event.metadata["triggeredBy"] for event in out if event.metadata["triggeredBy"].startswith("crash-"))
     assert ran_out == {event_id("crash", round_, product): 1 for round_ in rounds if round_ % 2 == 0 for product in range(PRODUCTS)}
     asked = Counter(
@@ -196,7 +196,7 @@ def test_reads_are_told_once_although_signals_is_killed(running: System) -> None
     publish(running, topics.SIGNALS, signals[1_000:])
 
     def told() -> Counter[datetime]:
-        changes = (running.decode(record, StatusChange) for record in running.read(topics.STATUS))
+        changes = running.messages(topics.STATUS, StatusChange)
         return Counter(change.at for change in changes if change.notification_id == found)
 
     wait_for(lambda: len(told()) == len(signals), seconds=60, what="every read told")

@@ -61,8 +61,7 @@ def mailing(users: list[str]) -> list[dict[str, object]]:
 
 def of_run(system: System, topic: str, kind: type[Any], ids: set[str]) -> list[Any]:
     """Return the messages of a topic that are about these notifications."""
-    found = (system.decode(message, kind) for message in system.read(topic))
-    return [message for message in found if message.notification_id in ids]
+    return [message for message in system.messages(topic, kind) if message.notification_id in ids]
 
 
 def decided(system: System, ids: set[str]) -> set[str]:

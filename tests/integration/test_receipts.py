@@ -271,7 +271,7 @@ def test_a_hard_bounce_that_a_provider_reports_later_skips_the_next_notification
         identity = notification_id(producer="test", event_id=event, rule="message", user_id="dead-box")
 
         def decided() -> DecisionRecord | None:
-            found = (running.decode(record, DecisionRecord) for record in running.read(topics.DECISIONS))
+            found = running.messages(topics.DECISIONS, DecisionRecord)
             return next((each for each in found if each.notification_id == identity), None)
 
         record = wait_for(decided, seconds=40, what=f"{event} decided")
@@ -316,7 +316,7 @@ def test_the_router_sends_nothing_to_a_suppressed_address_and_decides_nothing_th
     ids = [notification_id(producer="test", event_id=each.event_id, rule="message", user_id="blocked") for each in asked]
 
     def decisions() -> dict[str, DecisionRecord]:
-        found = [running.decode(record, DecisionRecord) for record in running.read(topics.DECISIONS)]
+        found = running.messages(topics.DECISIONS, DecisionRecord)
         return {each.notification_id: each for each in found if each.notification_id in ids}
 
     wait_for(lambda: len(decisions()) == 2, seconds=40, what="both decided")

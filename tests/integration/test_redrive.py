@@ -295,7 +295,7 @@ def test_in_a_terminal_it_asks_first(idle: System) -> None:
 
 
 def outcome_of(made: System, found: str) -> DecisionRecord | None:
-    records = (made.decode(message, DecisionRecord) for message in made.read("decisions"))
+    records = made.messages("decisions", DecisionRecord)
     return next((record for record in records if record.notification_id == found), None)
 
 
@@ -350,7 +350,7 @@ def test_an_old_action_that_is_put_back_is_old_news(running: System) -> None:
 
 
 def _decided_about(made: System, event: str) -> DecisionRecord | None:
-    records = (made.decode(message, DecisionRecord) for message in made.read("decisions"))
+    records = made.messages("decisions", DecisionRecord)
     return next((record for record in records if record.event_id == event), None)
 
 

@@ -90,7 +90,7 @@ def decided(made: System, run: str) -> list[str]:
 
 def delivered(made: System, run: str) -> list[str]:
     ids = {delivery(user, event).delivery_id: event for user, event in (("one", f"{run}-{n}") for n in range(10))}
-    changes = (made.decode(message, StatusChange) for message in made.read("status"))
+    changes = made.messages("status", StatusChange)
     return sorted(ids[c.delivery_id] for c in changes if c.delivery_id in ids and c.status == "delivered")
 
 

@@ -65,7 +65,7 @@ def insisted(made: System, body: dict[str, object], worker: str) -> tuple[Mappin
 
 
 def decisions(made: System, notification: str) -> list[DecisionRecord]:
-    found = (made.decode(message, DecisionRecord) for message in made.read("decisions"))
+    found = made.messages("decisions", DecisionRecord)
     return [record for record in found if record.notification_id == notification]
 
 

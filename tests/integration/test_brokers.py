@@ -22,7 +22,7 @@ from tests.integration.test_guarantees import identity, inbox_of, mailing, of_ru
 from tests.secure_kafka import CompanyBroker, Loop, three_brokers
 
 ROLES = (Role.INGEST, Role.ROUTER, Role.SENDER_NORMAL, Role.VIEWS)
-TOTAL, PART = 2_000, 700
+TOTAL, PART = 1_200, 420
 USERS = [f"spread-{i}" for i in range(100)]
 RUN = "brokers"
 BOUND = 2 * 32  # calls that the sender has open at once, for each of the two brokers that it loses
@@ -42,7 +42,7 @@ def running(stack: Stack, company: tuple[Loop, list[CompanyBroker]], tmp_path_fa
     used |= {topic for role in ROLES for step in steps_of(role) for topic in step.changelogs().values()}
     specs = [spec for spec in all_topics() if spec.name in used]
     variables = {"NOTIFY_REPLICATION": "3"}
-    with system(stack, tmp_path_factory.mktemp("spread"), specs, cluster=cluster, variables=variables) as made:
+    with system(stack, tmp_path_factory.mktemp("spread"), specs, partitions=2, cluster=cluster, variables=variables) as made:
         for role in ROLES:
             made.start(role)
         made.await_ready(seconds=120)

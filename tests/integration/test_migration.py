@@ -1,4 +1,4 @@
-"""From 4 to 6 partitions: everything that is keyed by user moves with him, whatever cuts the migration off."""
+"""From 2 to 3 partitions: everything that is keyed by user moves with him, whatever cuts the migration off."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from streams.transport.changelog import shared_key
 from tests.harness import ROOT, System, system, wait_for
 from tests.integration.test_guarantees import identity, inbox_of, mailing, of_run, payment
 
-OLD, NEW = 4, 6
+OLD, NEW = 2, 3
 ROLES = ("ingest", "router", "sender-normal", "signals", "views")
 USERS = [f"mover-{i}" for i in range(40)]
 EACH = 3  # payments of a user

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections import Counter
@@ -32,6 +33,7 @@ class Phase:
     name: str
     seconds: float
     script: Script
+    until_share: float = math.inf  # it ends before its time when the failing provider is given so much again
 
 
 @dataclass(slots=True)
@@ -111,7 +113,7 @@ def play(made: System, providers: Simulated, phases: Sequence[Phase], *, per_sec
         for phase in phases:
             providers.script(FAILING, phase.script)
             begin = time.monotonic()
-            _load(made, codec, seen, numbers, per_second=per_second, seconds=phase.seconds)
+            _load(made, codec, seen, numbers, per_second=per_second, phase=phase)
             seen.phases.append((phase.name, begin - seen.began_at, time.monotonic() - seen.began_at))
         total = len(seen.sent_at)
         wait_for(
@@ -135,12 +137,14 @@ def _who(message: object) -> str:
     return recipients if isinstance(recipients, str) else recipients[0]
 
 
-def _load(made: System, codec: object, seen: Outage, numbers: Iterator[int], *, per_second: int, seconds: float) -> None:
-    """Publish evenly, in tenths of a second."""
+def _load(made: System, codec: object, seen: Outage, numbers: Iterator[int], *, per_second: int, phase: Phase) -> None:
+    """Publish evenly, in tenths of a second, as long as a phase lasts."""
     topic = topics.deliver(Channel.EMAIL, Lane.NORMAL)
     pause = threading.Event()
     begin = time.monotonic()
-    for tick in range(round(seconds * 10)):
+    for tick in range(round(phase.seconds * 10)):
+        if seen.shares and seen.shares[-1][1] >= phase.until_share:
+            return
         batch: list[Delivery] = []
         for _ in range(per_second * (tick + 1) // 10 - per_second * tick // 10):
             number = next(numbers)

@@ -77,7 +77,7 @@ def test_a_bounce_and_a_complaint_become_status_and_suppression(running: System)
     )
     give_keys(running, [each.user_id for each in (bounced, complained, arrived)])
     publish(running, topics.deliver("email", "normal"), [bounced, complained, arrived])
-    wait_for(lambda: ends(running, bounced) and ends(running, complained), seconds=60, what="both reported")
+    wait_for(lambda: ends(running, bounced) and ends(running, complained), seconds=120, what="both reported")
     assert ends(running, bounced) == [("bounced", "5.1.1")]
     assert ends(running, complained) == [("delivered", "abuse")]
     assert ends(running, arrived) == []

@@ -9,7 +9,7 @@ import random
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,7 @@ def mailing(users: list[str]) -> list[dict[str, object]]:
     return [{"userId": user, "name": f"Name of {user}", "email": f"{user}@example.com"} for user in users]
 
 
-def of_run(system: System, topic: str, kind: type[Any], ids: set[str]) -> list[Any]:
+def of_run(system: System, topic: str, kind: type[Any], ids: Collection[str]) -> list[Any]:
     """Return the messages of a topic that are about these notifications."""
     return [message for message in system.messages(topic, kind) if message.notification_id in ids]
 

@@ -67,19 +67,19 @@ def test_a_provider_that_fails_wholly_then_in_part_loses_its_share_and_gets_it_b
         Phase(name="well", seconds=4, script=Script()),
         Phase(name="fails always", seconds=6, script=Script(unavailable=1)),
         Phase(name="fails 30%", seconds=6, script=Script(refuse=0.3)),
-        Phase(name="well again", seconds=10, script=Script()),
+        Phase(name="well again", seconds=40, script=Script(), until_share=0.25),
+        Phase(name="as before", seconds=3, script=Script()),
     ]
     with two_providers(stack, tmp_path) as (made, providers):
         seen = play(made, providers, phases, per_second=60, settle_seconds=60)
     assert seen.lost() == 0
     assert seen.doubled() == 0
-    (_, begin, outage), (_, failing, failed), (_, _, in_part), (_, back, end) = seen.phases
-    del begin, in_part
+    (_, _, outage), (_, failing, failed), _, _, (_, again, end) = seen.phases
     assert 0.3 < seen.share_taken(1, outage) < 0.7
     # calls that were under way, then one probe at a time, less and less often: no storm
     during = [at for at in seen.calls[FAILING] if failing + 0.5 <= at < failed]
     assert len(during) <= 32 + 8
     assert seen.share_taken(failing + 1, failed) < 0.05
-    assert seen.share_taken(back + 6, end) > 0.2
+    assert seen.share_taken(again, end) > 0.2
     # another provider took over at once: nobody waited for a schedule's first step
     assert max(seen.lateness().values()) < 10

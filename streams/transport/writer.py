@@ -70,6 +70,10 @@ class Writer:
     def acquire(self) -> None:
         """Fence every earlier owner and abort what it left open. Blocks; raises FencedError when refused for good."""
         producer = Producer(self._config)
+        with contextlib.suppress(KafkaException):  # what follows asks for itself, and waits for the answer
+            # Without a connection librdkafka looks for its coordinator half a second later. And the first record for a topic that the
+            # producer has never met would hold its transaction up
+            producer.list_topics(timeout=_METADATA_SECONDS)
         deadline = time.monotonic() + 3 * _CALL_SECONDS
         while True:
             try:
@@ -81,9 +85,6 @@ class Writer:
                     raise FencedError(f"{problem}: `notify topics acls` lists what each role needs") from error
                 if not error.args[0].retriable() or time.monotonic() > deadline:
                     raise FencedError(f"{self.transactional_id}: {error.args[0]}") from error
-        with contextlib.suppress(KafkaException):  # its transactions ask for themselves, and wait for the answer
-            # the first record for a topic that the producer has never met would hold its transaction up
-            producer.list_topics(timeout=_METADATA_SECONDS)
         self._producer = producer
 
     def partitions(self, topic: str) -> int:

@@ -231,6 +231,8 @@ class Lane:
     watermark: int | None = None  # next offset, as the last committed transaction says
     end: int | None = None  # done to here by position: control records count
     end_read: int | None = None  # read to here; it becomes `end` when everything before it is done
+    batches: int = 0  # offered since reading began
+    read_to: int = 0  # behind the last record that was offered since then
     most: int = MAX_BATCH_RECORDS  # records of the next transaction
     tries: int = 0  # in a row that came to nothing
     rests_until: float = -math.inf  # monotonic: what came to nothing is not tried again before
@@ -241,6 +243,10 @@ class Lane:
             return math.inf
         due = 0.0 if self.handles.due is None else self.handles.due(self.queue[0])
         return max(0.0, due - now, self.rests_until - time.monotonic())
+
+    def begin(self, start: int) -> None:
+        """Note from where on it is read."""
+        self.batches, self.read_to = 0, start
 
     def settle(self) -> None:
         """Note that everything read is done, if it is."""
@@ -321,10 +327,21 @@ class Shard:
         if lane.run.halted:
             lane.forget()  # another shard halted it
             return
-        if batch.records:
+        if batch.number != lane.batches:
+            # Faust forgets what it is given in the moments between two assignments. What comes next would hide what did not
+            leave(f"{batch.topic} partition {self.partition}: batch {batch.number} came, and batch {lane.batches} was lost on its way")
+        lane.batches += 1
+        records = batch.records
+        if records and records[0].offset() < lane.read_to:
+            # librdkafka may go back when a broker does. A delivery that is under way must not be taken for one that is done
+            records = [record for record in records if record.offset() >= lane.read_to]
+            lane.reader.finished(self.partition, len(batch.records) - len(records))
+            self.tools.metrics.replayed.labels(lane.topic).inc(len(batch.records) - len(records))
+        if records:
             if not lane.queue:
                 lane.offered_at = time.monotonic()
-            lane.queue.extend(batch.records)
+            lane.queue.extend(records)
+            lane.read_to = records[-1].offset() + 1
             self.room.offered(lane.urgency)
         lane.end_read = batch.end_offset
         self.wake.set()
@@ -688,6 +705,7 @@ class Runner:
         self._make_shard = make_shard
         self._epoch = 0
         self._batches: asyncio.Queue[Batch] = asyncio.Queue()
+        self._is_open = asyncio.Event()  # Faust keeps what it is given
         self._acquiring: asyncio.Task[None] | None = None
         self.shards: dict[tuple[str, int], Shard] = {}
         self.is_recovered = False
@@ -771,6 +789,7 @@ class Runner:
     async def start_reading(self) -> None:
         """Read every owned input from its watermark on; without one, from what the group committed, else the beginning."""
         self._epoch += 1
+        epoch = self._epoch
         wanted = {
             TP(self.tools.names.physical[topic], shard.partition): lane
             for shard in self.shards.values()
@@ -779,6 +798,8 @@ class Runner:
         committed = await self.committed(set(wanted)) if self.committed else {}
         places = [(tp.topic, tp.partition) for tp in wanted]
         bounds = await self.tools.in_thread(offset_bounds, self.tools.cluster, places)
+        if epoch != self._epoch:
+            return  # drained meanwhile: the next assignment reads
         positions: dict[str, dict[int, int]] = {}
         for tp, lane in wanted.items():
             low, high = bounds[(tp.topic, tp.partition)]
@@ -793,6 +814,7 @@ class Runner:
                 self.tools.metrics.expired_positions.labels(lane.topic).inc(low - start)
                 log.error("position.expired topic=%s partition=%d position=%d low=%d", tp.topic, tp.partition, start, low)
             positions.setdefault(lane.topic, {})[tp.partition] = max(start, low)
+            lane.begin(max(start, low))
         for shard in self.shards.values():
             shard.start()
         for topic, by_partition in positions.items():
@@ -806,15 +828,22 @@ class Runner:
     async def drain(self) -> None:
         """Stop reading and let every shard come to rest."""
         self._epoch += 1
+        self._is_open.clear()
         self.is_recovered = False
         for reader in self._readers.values():
             reader.stop()
         await asyncio.gather(*(shard.drain() for shard in self.shards.values()))
 
+    def resume(self) -> None:
+        """Let batches pass, if they are read: nothing forgets them from now on."""
+        if self.is_recovered:
+            self._is_open.set()
+
     async def next_batch(self) -> Batch:
         """Return the next batch read for the current assignment."""
         while True:
             batch = await self._batches.get()
+            await self._is_open.wait()
             if batch.epoch == self._epoch:
                 return batch
 

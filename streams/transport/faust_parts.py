@@ -43,6 +43,9 @@ class Owner(Protocol):
     async def drain(self) -> None:
         """Stop reading; finish or abandon what runs, bounded in time."""
 
+    def resume(self) -> None:
+        """Let batches pass that were read for the current assignment."""
+
     async def next_batch(self) -> Batch:
         """Return the next batch read for the current assignment."""
 
@@ -154,6 +157,8 @@ class BatchRecovery(Recovery):
             try:
                 await self._wait(app.owner.acquire(set(app.assignor.assigned_actives())))
                 await self.on_recovery_completed(generation)
+                # not before: Faust clears its queues when it resumes, also when it was resumed by an assignment that is over
+                app.owner.resume()
             except RebalanceAgain:
                 self.log.info("another rebalance began during recovery")
             except ServiceStopped:

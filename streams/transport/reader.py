@@ -7,12 +7,13 @@ end of a partition is told by position, not by record, since what follows the la
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
@@ -36,21 +37,31 @@ _ENDS_SECONDS = 0.25
 
 @dataclass(slots=True)
 class Batch:
-    """Records of one partition in offset order. An empty one says that the partition was read to `end_offset`."""
+    """Records of one partition in offset order. An empty one says that the partition was read to `end_offset`.
+
+    `number` counts the batches of a partition in an epoch, from 0: whoever gets them sees whether one is missing.
+    """
 
     topic: str
     partition: int
     epoch: int
+    number: int
     records: Sequence[Record]
     end_offset: int | None = None
 
 
-class _Ends:
-    """Ends of partitions, by partition, that nobody was told of yet."""
+class _Telling:
+    """What was told in an epoch: how many batches of each partition; and their ends that nobody was told of yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
         self.untold: dict[int, int] = {}
         self._told_at = -math.inf
+        self._numbers: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
+
+    def batch(self, topic: str, partition: int, records: Sequence[Record], end: int | None) -> Batch:
+        """Return the next batch of a partition."""
+        return Batch(topic, partition, self.epoch, next(self._numbers[partition]), records, end)
 
     def due(self) -> dict[int, int]:
         """Return what is to be told now, if it is time."""
@@ -117,11 +128,11 @@ class Reader:
         try:
             consumer.assign([TopicPartition(self.topic, partition, offset) for partition, offset in positions.items()])
             paused: set[int] = set()
-            ends = _Ends()
+            telling = _Telling(epoch)
             while not stopping.is_set():
                 if not self._has_room(consumer, paused, outstanding):
                     continue
-                batches = self._sort(fetch(consumer, wait_seconds=_POLL_SECONDS, most=MAX_BATCH_RECORDS), ends, epoch)
+                batches = self._sort(fetch(consumer, wait_seconds=_POLL_SECONDS, most=MAX_BATCH_RECORDS), telling)
                 if batches and not stopping.is_set():
                     with self._lock:
                         for batch in batches:
@@ -154,7 +165,7 @@ class Reader:
         paused |= full
         return True
 
-    def _sort(self, found: Fetched, ends: _Ends, epoch: int) -> list[Batch]:
+    def _sort(self, found: Fetched, telling: _Telling) -> list[Batch]:
         for (_, partition), error in found.errors:
             if error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001 - confluent-kafka's public name for it
                 # the next start compares positions with what is left, counts the gap, and is not ready
@@ -164,10 +175,10 @@ class Reader:
         records: dict[int, list[Record]] = defaultdict(list)
         for record in found.records:
             records[record.partition()].append(record)
-        ends.untold |= {partition: end for (_, partition), end in found.ends.items()}
+        telling.untold |= {partition: end for (_, partition), end in found.ends.items()}
         batches = []
         for partition, each in records.items():
-            end = ends.untold.pop(partition, None)
+            end = telling.untold.pop(partition, None)
             # one that was found before these records is none any more
-            batches.append(Batch(self.topic, partition, epoch, each, end if end is None or end > each[-1].offset() else None))
-        return [*batches, *(Batch(self.topic, partition, epoch, (), end) for partition, end in ends.due().items())]
+            batches.append(telling.batch(self.topic, partition, each, end if end is None or end > each[-1].offset() else None))
+        return [*batches, *(telling.batch(self.topic, partition, (), end) for partition, end in telling.due().items())]

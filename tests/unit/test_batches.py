@@ -1,0 +1,164 @@
+"""From the reader to the shard: no batch is lost in silence, whatever an assignment interrupts, and no record counts twice."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, cast
+
+from faust.types import TP
+
+from schemas.topics import Lane as LaneName
+from schemas.topics import requests
+from streams.metrics import Metrics
+from streams.roles import Role
+from streams.runner import DecidingShard, Encoder, Input, Lane, Names, Runner, Tools, Turns
+from streams.runs import DeadRun
+from streams.topology import TOPOLOGY, all_topics
+from streams.transport.cluster import LEFT_EXIT_CODE, Cluster
+from streams.transport.reader import Batch, Reader
+from streams.transport.records import Record
+
+(STEP,) = (step for step in TOPOLOGY if step.role is Role.ROUTER)
+TOPIC = requests(LaneName.NORMAL)
+PARTITION = 1
+
+
+@dataclass
+class At:
+    """A record of which only the offset is looked at."""
+
+    place: int
+
+    def offset(self) -> int:
+        return self.place
+
+
+class Counting:
+    """A reader that counts what is finished."""
+
+    def __init__(self) -> None:
+        self.finished_records = 0
+
+    def finished(self, _partition: int, records: int) -> None:
+        self.finished_records += records
+
+
+def tools() -> Tools:
+    specs = {spec.name: spec for spec in all_topics()}
+    physical = {name: f"notify.x.{name}" for name in specs}
+    names = Names(
+        physical=physical,
+        logical={found: name for name, found in physical.items()},
+        specs=specs,
+        partitions=dict.fromkeys(specs, 4),
+        ids=dict.fromkeys(specs, "id"),
+    )
+    return Tools(
+        cluster=Cluster(bootstrap="127.0.0.1:1"),
+        names=names,
+        encoder=cast("Encoder", None),
+        metrics=Metrics(Role.ROUTER),
+        role=Role.ROUTER,
+        pool=ThreadPoolExecutor(1),
+        turns=Turns(),
+    )
+
+
+def runner() -> Runner:
+    return Runner(tools(), group="g", steps={}, make_shard={})
+
+
+def shard(reader: Counting) -> tuple[DecidingShard, Lane]:
+    handles = Input(decode=lambda record: record, decide=lambda *_: cast("Any", None))
+    lane = Lane(topic=TOPIC, urgency=1, handles=handles, reader=cast("Reader", reader), run=DeadRun(0))
+    lane.begin(100)
+    return DecidingShard(tools(), STEP, PARTITION, [lane]), lane
+
+
+def batch(number: int, *offsets: int, end: int | None = None, epoch: int = 1) -> Batch:
+    records = cast("list[Record]", [At(offset) for offset in offsets])
+    return Batch(f"notify.x.{TOPIC}", PARTITION, epoch, number, records, end)
+
+
+async def given_to_faust(found: Runner) -> list[Batch]:
+    """Return what is handed on without anybody's doing anything more."""
+    handed: list[Batch] = []
+
+    async def pump() -> None:
+        while True:
+            handed.append(await found.next_batch())
+
+    pumping = asyncio.create_task(pump())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    pumping.cancel()
+    return handed
+
+
+async def test_batches_wait_until_faust_has_resumed_since_it_then_clears_its_queues() -> None:
+    found = runner()
+    await found.start_reading()
+    found._arrived([batch(0, 100)])
+    pumping = asyncio.create_task(found.next_batch())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not pumping.done()
+    found.resume()
+    assert (await pumping).number == 0
+
+
+async def test_a_start_that_a_new_assignment_overtakes_reads_nothing_and_lets_nothing_pass() -> None:
+    found = runner()
+
+    async def overtaken(_wanted: set[TP]) -> Mapping[TP, int | None]:
+        await found.drain()
+        return {}
+
+    found.committed = overtaken
+    await found.start_reading()
+    assert not found.is_recovered
+    found.resume()
+    found._arrived([batch(0, 100, epoch=found._epoch)])
+    assert await given_to_faust(found) == []
+    found.committed = None
+    await found.start_reading()
+    found.resume()
+    found._arrived([batch(0, 100, epoch=found._epoch), batch(0, 100)])
+    assert [each.epoch for each in await given_to_faust(found)] == [found._epoch], "the one of the assignment that is over is dropped"
+
+
+async def test_records_that_librdkafka_hands_over_again_are_dropped_and_counted_as_finished() -> None:
+    reader = Counting()
+    made, lane = shard(reader)
+    made.offer(batch(0, 100, 101, 102))
+    made.offer(batch(1, 101, 102, 103, end=105))
+    assert [record.offset() for record in lane.queue] == [100, 101, 102, 103]
+    assert (reader.finished_records, lane.end_read) == (2, 105)
+    assert made.tools.metrics.replayed.labels(TOPIC)._value.get() == 2
+
+
+async def test_what_was_drained_is_read_again_from_the_watermark() -> None:
+    made, lane = shard(Counting())
+    made.offer(batch(0, 100, 101))
+    lane.forget()
+    lane.begin(100)
+    made.offer(batch(0, 100, 101))
+    assert [record.offset() for record in lane.queue] == [100, 101]
+
+
+def test_a_batch_that_is_lost_on_its_way_ends_the_worker_before_the_next_one_hides_it() -> None:
+    code = (
+        "from tests.unit.test_batches import *\n"
+        "made, lane = shard(Counting())\n"
+        "made.offer(batch(0, 100))\n"
+        "made.offer(batch(2, end=140))\n"
+        "print('went on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (LEFT_EXIT_CODE, "")
+    assert "batch 2 came, and batch 1 was lost on its way" in done.stderr

@@ -16,6 +16,7 @@ import faulthandler
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +92,7 @@ from streams.topology import FORWARD, Step, all_topics, steps_of
 from streams.transport.admin import committed_offsets, topic_facts
 from streams.transport.cluster import leave
 from streams.transport.credentials import credentials
-from streams.transport.faust_parts import BatchSchema, BatchTableManager, NotifyApp, PartitionedTable, check_version
+from streams.transport.faust_parts import BatchSchema, BatchTableManager, KnowingAssignor, NotifyApp, PartitionedTable, check_version
 from streams.transport.reader import Batch
 from streams.transport.records import Record
 from streams.unsubscribe import unsubscribe_url
@@ -113,6 +114,7 @@ _FOLLOWED = {topics.KEYS: _KEYED_ROLES, topics.CONTROL: _CONTROLLED_ROLES}
 _POOL_THREADS = 64
 _START_RETRY_SECONDS = 2.0
 _START_PATIENCE_SECONDS = 30.0
+STOP_SECONDS = 35.0  # longer than a drain; docker-compose.yml kills after 45
 _START_PAUSE_SECONDS = 0.2
 
 
@@ -172,7 +174,11 @@ class Worker(NotifyApp):
             leave("; ".join(error.problems))
 
     async def on_stop(self) -> None:
-        """Stop, then close what `on_first_start` opened."""
+        """Stop, then close what `on_first_start` opened. Ends the process where that does not end in STOP_SECONDS."""
+        # Faust waits for ever for a group that is joined anew in this moment, and would keep its partitions for so long
+        ending = threading.Timer(STOP_SECONDS, leave, [f"the orderly stop took longer than {STOP_SECONDS:.0f} s"])
+        ending.daemon = True
+        ending.start()
         await super().on_stop()
         for close in reversed(self._closing):
             await close()
@@ -739,6 +745,7 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
         consumer_group_instance_id=_static_member(settings),
         broker_commit_interval=1.0,
         broker_session_timeout=settings.session_timeout_seconds,
+        PartitionAssignor=KnowingAssignor,
         broker_heartbeat_interval=min(2.0, settings.session_timeout_seconds / 3),
         broker_request_timeout=90.0,
         stream_recovery_delay=0.0,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import aiokafka
 import faust
+from faust.assignor.partition_assignor import PartitionAssignor
 from faust.exceptions import ImproperlyConfigured
 from faust.tables.manager import TableManager
 from faust.tables.recovery import RebalanceAgain, Recovery, ServiceStopped
@@ -23,6 +24,8 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from faust.types.tuples import ConsumerMessage
 from mode import Service
+
+from streams.transport.cluster import leave
 
 if TYPE_CHECKING:
     from streams.transport.reader import Batch
@@ -61,6 +64,21 @@ class NotifyApp(faust.App):
 
     def _new_transport(self) -> BatchTransport:
         return BatchTransport(self.conf.broker_consumer, self)
+
+
+class KnowingAssignor(PartitionAssignor):
+    """Faust's assignor, which takes a topic that the metadata lacks for one without partitions.
+
+    The leader of a group that asks just after the only broker came back would assign nothing to anybody: a stable group that nobody
+    who comes back, as the static member that he was, has a reason to change.
+    """
+
+    def assign(self, cluster: Any, member_metadata: Any) -> Any:
+        """Assign as Faust does, or end the worker: the group asks the next leader, or it again."""
+        wanted = {topic for member in member_metadata.values() for topic in member.subscription}
+        if missing := sorted(topic for topic in wanted if not cluster.partitions_for_topic(topic)):
+            leave(f"asked to assign the partitions of {len(wanted)} topics while the metadata lacks {len(missing)}, such as {missing[0]}")
+        return super().assign(cluster, member_metadata)
 
 
 class GroupThread(driver.AIOKafkaConsumerThread):

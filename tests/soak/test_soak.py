@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -105,6 +106,9 @@ def test_faults_at_random_for_a_long_time_lose_nothing(stack: Stack, tmp_path: P
         }
         mailed = {f"{found}-email" for found in ids}
         wait_for(lambda: mailed <= made.mails().keys(), seconds=600, what="every mail")
+        for name, worker in made.workers.items():
+            is_done = partial(lambda each: each.is_ready() and each.metric("notify_lag_records") == 0, worker)
+            wait_for(is_done, seconds=120, what=f"{name} ready and at the end of what it reads")
         mails = Counter({found: n for found, n in made.mails().items() if found in mailed})
         decisions = Counter(made.decode(m, DecisionRecord).notification_id for m in made.read("decisions"))
         deliveries = Counter(made.decode(m, Delivery).delivery_id for m in made.read(deliver(Channel.EMAIL, Lane.NORMAL)))

@@ -151,6 +151,19 @@ async def test_what_was_drained_is_read_again_from_the_watermark() -> None:
     assert [record.offset() for record in lane.queue] == [100, 101]
 
 
+def test_a_leader_whose_metadata_lacks_a_topic_leaves_instead_of_assigning_nothing_to_anybody() -> None:
+    code = (
+        "from types import SimpleNamespace\n"
+        "from streams.transport.faust_parts import KnowingAssignor\n"
+        "cluster = SimpleNamespace(partitions_for_topic=lambda topic: {0, 1} if topic == 'known' else None)\n"
+        "members = {'a': SimpleNamespace(subscription=['known', 'unknown'])}\n"
+        "KnowingAssignor.assign(object.__new__(KnowingAssignor), cluster, members)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == LEFT_EXIT_CODE
+    assert "2 topics while the metadata lacks 1, such as unknown" in done.stderr
+
+
 def test_a_batch_that_is_lost_on_its_way_ends_the_worker_before_the_next_one_hides_it() -> None:
     code = (
         "from tests.unit.test_batches import *\n"

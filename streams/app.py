@@ -179,9 +179,12 @@ class Worker(NotifyApp):
         ending = threading.Timer(STOP_SECONDS, leave, [f"the orderly stop took longer than {STOP_SECONDS:.0f} s"])
         ending.daemon = True
         ending.start()
-        await super().on_stop()
-        for close in reversed(self._closing):
-            await close()
+        try:
+            await super().on_stop()
+            for close in reversed(self._closing):
+                await close()
+        finally:
+            ending.cancel()
 
     async def _prepare(self) -> None:
         env = self.settings.env

@@ -1,4 +1,4 @@
-"""What a decision sees and what it returns. The runner (`streams.runner`) makes effects real, a batch in one transaction."""
+"""What a decision sees and what it returns. A shard (`streams.shard`) makes effects real, a batch in one transaction."""
 
 from __future__ import annotations
 

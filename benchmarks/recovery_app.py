@@ -15,8 +15,9 @@ from schemas import topics
 from schemas.codec import Codec
 from streams.app import Plan, Worker, build_app
 from streams.roles import Role
-from streams.runner import Input, Runner, Tools
+from streams.runner import Runner
 from streams.settings import WORKER_NEEDS, Settings
+from streams.shard import Input, Tools
 from streams.topics import DEAD_MAX_BYTES, TopicSpec
 from streams.topology import Step
 from streams.transport.records import Record

@@ -57,7 +57,7 @@ _PORTS: Final = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
 _HANGS_UP: Final = 421
 _CONNECT_SECONDS: Final = 5.0
 _SEND_SECONDS: Final = 10.0
-_RESET_SECONDS: Final = 2.0  # all three together are shorter than a drain (streams.runner.DRAIN_SECONDS)
+_RESET_SECONDS: Final = 2.0  # all three together are shorter than a drain (streams.shard.DRAIN_SECONDS)
 _QUIT_SECONDS: Final = 1.0
 
 

@@ -68,7 +68,7 @@ _MESSAGE_NAME: Final = re.compile(r"projects/[^/\s]{1,100}/messages/[\w:%.=-]{1,
 _ACCESS_TOKEN: Final = re.compile(r"[!-~]+")
 _THIRD_PARTY: Final = "THIRD_PARTY_AUTH_ERROR"
 _QUOTA_SECONDS: Final = 60.0  # what Google asks for where it names no time
-_TOKEN_SECONDS: Final = 4.0  # with a request's 12 s shorter than a drain (streams.runner.DRAIN_SECONDS)
+_TOKEN_SECONDS: Final = 4.0  # with a request's 12 s shorter than a drain (streams.shard.DRAIN_SECONDS)
 _AGAIN_SECONDS: Final = 5.0  # between attempts to renew a token that is still good
 _YOUNG_SECONDS: Final = 60.0
 _RENEW_SECONDS: Final = 300.0  # before its end, or a tenth of its time if that is less

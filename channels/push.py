@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MAX_TTL_SECONDS: Final = 28 * 86_400  # what FCM keeps at most, and Web Push services do not shorten
 MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
 MAX_TITLE_CHARACTERS: Final = 200
-TOTAL_SECONDS: Final = 12.0  # of one request; with what comes before it shorter than a drain (streams.runner.DRAIN_SECONDS)
+TOTAL_SECONDS: Final = 12.0  # of one request; with what comes before it shorter than a drain (streams.shard.DRAIN_SECONDS)
 _REASON: Final = re.compile(r"[A-Za-z0-9_]{1,60}")
 
 

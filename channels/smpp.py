@@ -216,7 +216,7 @@ class Carrier:
     has_echo: bool = True
     connect_seconds: float = 5.0
     answer_seconds: float = 10.0
-    total_seconds: float = 16.0  # of one send, whatever it meets: shorter than a drain (streams.runner.DRAIN_SECONDS)
+    total_seconds: float = 16.0  # of one send, whatever it meets: shorter than a drain (streams.shard.DRAIN_SECONDS)
     probe_seconds: float = 10.0  # for the answer to enquire_link
     max_reports: int = 200  # receipts that are being made durable; the carrier sends the others again
 

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 REPORTED_AS: Final = "twilio"
 REFERENCE: Final = "reference"  # in the query of a callback's URL
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
-_TOTAL_SECONDS: Final = 12.0  # of one request; shorter than a drain (streams.runner.DRAIN_SECONDS)
+_TOTAL_SECONDS: Final = 12.0  # of one request; shorter than a drain (streams.shard.DRAIN_SECONDS)
 _UNKNOWN_SECONDS: Final = 600.0
 _MAX_ANSWER_BYTES: Final = 2**20
 _MAX_RETRY_AFTER_SECONDS: Final = 86_400.0

@@ -18,15 +18,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import chain, islice
-from secrets import token_bytes
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import faust
 import uvloop
@@ -35,11 +34,8 @@ from confluent_kafka import Message as KafkaMessage
 from faust.assignor.partition_assignor import PartitionAssignor
 from faust.types import TP
 
-from agents import signals, triggers
 from agents.control import Control
-from agents.delay import Delay
-from agents.ports import Effects, KnownSource, Source, State
-from agents.receipts import EXPIRE_EVERY_SECONDS, Matcher, Reported, report_key
+from agents.receipts import EXPIRE_EVERY_SECONDS, Matcher, report_key
 from channels.config import Ports
 from schemas import topics
 from schemas.codec import Codec
@@ -48,35 +44,21 @@ from schemas.errors import (
     ProviderUnavailableError,
     RegistryUnavailableError,
     SettingsError,
-    UndecodableError,
-    UnknownSchemaError,
-    UnsealableError,
 )
-from schemas.ids import digest, partition_of
+from schemas.ids import digest
 from schemas.messages import (
-    Broadcast,
-    Command,
     ControlEntry,
-    DecisionRecord,
     Delivery,
     DeliveryReport,
-    EngagementSignal,
     Message,
-    NotificationRequested,
-    Product,
-    ProviderReference,
-    StatusChange,
-    StockLevel,
-    UserAction,
-    UserKey,
 )
-from schemas.sealed import KEY_BYTES, unwrap
 from schemas.topics import Channel
-from schemas.topics import Lane as LaneName
 from streams.clock import ClockWatch
-from streams.followers import Follower, OrderFollower
+from streams.deciding import DecidingShard, Timer
+from streams.followers import KeyFollower, OrderFollower, open_key
 from streams.gateways import Gateway, gateways_of
 from streams.health import HealthWatch
+from streams.inputs import Inputs, nothing
 from streams.metrics import Metrics
 from streams.outgoing import Providers
 from streams.outside import WRITTEN_BY_WEB
@@ -84,9 +66,10 @@ from streams.refusals import UnreachableError, ask, why_unreachable
 from streams.registry import Registry
 from streams.rights import missing, rights_of, sentence
 from streams.roles import Role, step_back
-from streams.runner import DecidingShard, Input, MakeShard, Names, Runner, Timer, Tools, Turns
+from streams.runner import MakeShard, Runner
 from streams.sending import SendingShard
 from streams.settings import WORKER_NEEDS, Settings
+from streams.shard import Input, Names, Tools, Turns
 from streams.topics import Count, TopicSpec, physical
 from streams.topology import FORWARD, Step, all_topics, steps_of
 from streams.transport.admin import committed_offsets, topic_facts
@@ -94,7 +77,6 @@ from streams.transport.cluster import leave
 from streams.transport.credentials import credentials
 from streams.transport.faust_parts import BatchSchema, BatchTableManager, KnowingAssignor, NotifyApp, PartitionedTable, check_version
 from streams.transport.reader import Batch
-from streams.transport.records import Record
 from streams.unsubscribe import unsubscribe_url
 from streams.views.pages import Health, OperationsContext, WebContext, install, install_operations
 
@@ -116,13 +98,6 @@ _START_RETRY_SECONDS = 2.0
 _START_PATIENCE_SECONDS = 30.0
 STOP_SECONDS = 35.0  # longer than a drain; docker-compose.yml kills after 45
 _START_PAUSE_SECONDS = 0.2
-
-
-class Foreign(NamedTuple):
-    """A record of a neighbour, decoded with its writer's schema."""
-
-    record: Mapping[str, object]
-    raw: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +124,7 @@ class Worker(NotifyApp):
         self.metrics = Metrics(role)
         self.runner: Runner | None = None
         self.watch: HealthWatch | None = None
-        self.keys: Follower | None = None
+        self.keys: KeyFollower | None = None
         self.orders: OrderFollower | None = None
         self.registry = Registry(settings.registry_url, settings.data_dir / "schemas", settings.registry_security)
         self.cluster = settings.cluster
@@ -225,16 +200,23 @@ class Worker(NotifyApp):
         )
         self.plan.tune(tools)
         make_shard: dict[str, MakeShard] = {}
+        if topics.KEYS in followed:
+            self.keys = KeyFollower(
+                self.cluster,
+                names[topics.KEYS],
+                group=f"{self.conf.id}.keys",
+                partitions=self.settings.partitions,
+                open_key=partial(open_key, codec, self.settings.seal_key),
+            )
+        inputs = Inputs(settings=self.settings, codec=codec, registry=self.registry, control=lambda: self._control, keys=self.keys)
         if topics.CONTROL in followed:
             self.orders = OrderFollower(
                 self.cluster,
                 names[topics.CONTROL],
                 group=f"{self.conf.id}.control",
-                decode=self._own(ControlEntry, _nothing).decode,
-                learn=self._learn,
+                decode=inputs.own(ControlEntry, nothing).decode,
+                learn=inputs.learn,
             )
-        if topics.KEYS in followed:
-            self.keys = Follower(self.cluster, names[topics.KEYS], group=f"{self.conf.id}.keys")
         if self.role.lane is not None and self.plan.inputs is None:
             make_shard["send"] = await self._sending()
         if self.role is Role.SIGNALS and self.plan.inputs is None:
@@ -245,7 +227,7 @@ class Worker(NotifyApp):
         runner = Runner(
             tools,
             group=self.conf.id,
-            steps={step: (self.plan.inputs or self.inputs)(step, codec) for step in self.steps},
+            steps={step: self.plan.inputs(step, codec) if self.plan.inputs else inputs.of(step) for step in self.steps},
             make_shard=make_shard,
         )
         runner.committed = self._committed
@@ -432,202 +414,21 @@ class Worker(NotifyApp):
         for (step, table), shown in self.tables_of.items():
             shown.shards = {shard.partition: shard.tables[table] for shard in runner.shards.values() if shard.step.name == step}
 
-    # ---- what is decided where
-
-    def inputs(self, step: Step, codec: Codec) -> Mapping[str, Input]:
-        """Return what this role does with each topic of `step`."""
-        match step.role:
-            case Role.INGEST:
-                return self._ingest_inputs(step, codec)
-            case Role.ROUTER:
-                from agents.router import Router  # here, as below: what one role needs costs all others at their start
-                from templates.render import Templates
-
-                router = Router(
-                    templates=Templates(),
-                    codec=codec,
-                    seal_key=self.settings.seal_key,
-                    new_key=partial(token_bytes, KEY_BYTES),
-                    partitions=self.settings.partitions,
-                    dedupe_seconds=self.settings.dedupe_seconds,
-                    control=self._control,
-                    sms_countries=self.settings.sms_countries,
-                )
-                requests = {topics.requests(lane): self._own(NotificationRequested, router.decide_request) for lane in LaneName}
-                return {
-                    topics.COMMANDS: self._own(Command, router.decide_command),
-                    # a record of it is milliseconds' work
-                    topics.BROADCAST: replace(self._own(Broadcast, router.decide_broadcast), clock_every=1),
-                    **requests,
-                }
-            case Role.STOCK:
-                from agents.stock import Stock
-
-                stock = Stock(
-                    codec=codec,
-                    default_threshold=self.settings.low_stock_threshold,
-                    partitions=self.settings.inventory_partitions,
-                    user_partitions=self.settings.partitions,
-                )
-                products = self._own(Product, stock.decide_product)
-                return {
-                    topics.PRODUCTS: replace(products, decode=_or_tombstone(products.decode)),
-                    topics.STOCK: self._own(StockLevel, stock.decide_level),
-                }
-            case Role.SENDER_CRITICAL | Role.SENDER_NORMAL | Role.SENDER_BULK:
-                assert step.role.lane is not None
-                settled = topics.settled(step.role.lane)
-                return {topic: self._own(StatusChange if topic == settled else Delivery, _nothing) for topic in step.reads}
-            case Role.DELAY:
-                delay = Delay(self.settings.retry_tiers_seconds, now=partial(datetime.now, UTC))
-                held = self._own(Delivery, delay.decide)
-                return {topic: replace(held, due=_due_after(delay.seconds(topic))) for topic in step.reads}
-            case Role.SIGNALS:
-                return self._signals_inputs(step)
-            case Role.VIEWS:
-                from agents import inbox
-
-                return {
-                    topics.DECISIONS: self._own(DecisionRecord, inbox.decide_decision),
-                    topics.STATUS: self._own(StatusChange, inbox.decide_status),
-                }
-            case Role.STORE:
-                return {topics.DECISIONS: self._own(DecisionRecord, _nothing), topics.STATUS: self._own(StatusChange, _nothing)}
-
-    def _signals_inputs(self, step: Step) -> dict[str, Input]:
-        match step.name:
-            case "match":
-                matcher = Matcher(self.settings.partitions)
-                reports = self._own(DeliveryReport, matcher.decide_report)
-                return {
-                    topics.PROVIDER_REFS: self._own(ProviderReference, matcher.decide_reference),
-                    topics.RECEIPTS: replace(reports, decode=_with_raw(reports.decode)),
-                }
-            case "forward":
-                return {topics.STATUS: self._forwarding()}
-            case _:
-                return {topics.SIGNALS: self._own(EngagementSignal, signals.decide)}
-
-    def _forwarding(self) -> Input:
-        """Return what is done with status changes where there are subscribers.
-
-        The users' keys are looked up before a batch is decided, which may not wait: who has none then was erased.
-        """
-        from agents.forward import Forwarder
-
-        partitions = self.settings.partitions
-        keyless: dict[int, set[bytes]] = {}  # by partition, of the batch that is decided next
-
-        def key_of(user_id: str) -> bytes | None:
-            assert self.keys is not None
-            user = user_id.encode()
-            partition = partition_of(user, partitions)
-            row = self.keys.get(partition, user)
-            if row is None and user not in keyless.get(partition, ()):
-                raise ProviderUnavailableError("the user's key is not known yet", code="key")
-            return None if row is None else self._unwrap(row)
-
-        async def learn(records: Iterable[Record]) -> None:
-            assert self.keys is not None
-            batch = list(records)
-            await self._learn(batch)
-            missing: set[bytes] = set()
-            keyless.update((record.partition(), missing) for record in batch[:1])
-            for user in {key for record in batch if (key := record.key())}:
-                try:
-                    found = await self.keys.look_up(partition_of(user, partitions), user)
-                except TimeoutError:
-                    return  # the batch waits, and asks again
-                if found is None:
-                    missing.add(user)
-
-        forwarder = Forwarder(subscriptions=self.settings.webhooks, key_of=key_of, control=self._control, now=partial(datetime.now, UTC))
-        return replace(self._own(StatusChange, forwarder.decide), learn=learn)
-
-    def _ingest_inputs(self, step: Step, codec: Codec) -> dict[str, Input]:
-        def decode(message: Record) -> Foreign:
-            raw = message.value()
-            try:
-                return Foreign(codec.decode_foreign(raw), raw or b"")
-            except UnknownSchemaError as error:
-                # `learn` asked a moment ago: what is still not known could not be asked for, unless the registry said no
-                self.registry.explain(error.schema_id)
-                raise
-
-        def event(found: Foreign, source: Source, _state: State) -> Effects:
-            return triggers.ingest(source.topic, found.record, source, found.raw)
-
-        def unparked(found: Foreign, source: Source, _state: State) -> Effects:
-            original = _original(source)
-            return triggers.ingest(original.topic, found.record, original, found.raw)
-
-        def action(found: UserAction, source: Source, state: State) -> Effects:
-            return triggers.ingest_action(found, _first(source), state)
-
-        match step.name:
-            case "actions":
-                return {topics.USER_ACTIONS: self._own(UserAction, action)}
-            case "parked":
-                return {topics.PARKED: Input(decode=decode, decide=unparked, learn=self._learn)}
-            case _:
-                return {topic: Input(decode=decode, decide=event, learn=self._learn, parked_in=topics.PARKED) for topic in step.reads}
-
-    async def _learn(self, messages: Iterable[Record]) -> None:
-        """Ask the registry for the schemas of `messages` that are not known yet."""
-        unknown: set[int] = set()
-        for message in messages:
-            raw = message.value()
-            if raw is not None and len(raw) >= 5 and raw[0] == 0:
-                schema_id = int.from_bytes(raw[1:5], "big")
-                if schema_id not in self.registry.schemas:
-                    unknown.add(schema_id)
-        for schema_id in unknown:
-            try:
-                await self.registry.learn(schema_id)
-            except (UnknownSchemaError, UndecodableError):
-                continue  # decoding says so, record by record
-            except RegistryUnavailableError:
-                return
-
-    def _own(self, kind: type[Any], decide: Callable[[Any, Source, State], Effects]) -> Input:
-        codec = self._codec
-        assert codec is not None
-
-        def decode(message: Record) -> Any:
-            try:
-                return codec.decode(message.value(), kind)
-            except UnknownSchemaError as error:
-                self.registry.explain(error.schema_id)
-                raise
-
-        return Input(decode=decode, decide=decide, learn=self._learn)
-
     # ---- what the web needs
 
     async def key_of(self, user_id: str) -> bytes | None:
-        """Return a user's key, None when he has none or it was destroyed. Raises UnsealableError for a wrong seal key."""
+        """Return a user's key, None when he has none or it was destroyed. Leaves for a wrong seal key. Raises TimeoutError."""
         assert self.keys is not None
-        assert self._codec is not None
-        user = user_id.encode()
-        row = await self.keys.look_up(partition_of(user, self.settings.partitions), user)
-        return None if row is None else self._unwrap(row)
-
-    def _unwrap(self, row: bytes) -> bytes:
-        assert self._codec is not None
-        stored = self._codec.decode(row, UserKey)
-        try:
-            return unwrap(self.settings.seal_key, stored.wrapped, user_id=stored.user_id)
-        except UnsealableError:
-            # going on would skip every delivery as erased, or set every request aside
-            leave("NOTIFY_SEAL_KEY is not the key that wrapped the users' keys")
+        return await self.keys.key_of(user_id)
 
     def _check_seal_key(self, runner: Runner) -> None:
         """Leave when one of the stored keys does not open with ours."""
+        assert self._codec is not None
         tables = [shard.tables["keys"] for shard in runner.shards.values() if "keys" in shard.tables]
         followed = list(self.keys.tables()) if self.keys is not None else []
         for rows in (*tables, *followed):
             for row in islice(rows.values(), 1):
-                self._unwrap(row)
+                open_key(self._codec, self.settings.seal_key, row)
 
     def owner_of(self, partition: int) -> str | None:
         """Return the base URL of the worker that owns a partition of the users' topics; None: this one, or nobody."""
@@ -680,51 +481,6 @@ def _settle(done: asyncio.Future[None], error: KafkaError | None) -> None:
         done.set_result(None)
     else:
         done.set_exception(ProviderUnavailableError(f"Kafka did not acknowledge: {error.name()}", code="kafka"))
-
-
-def _nothing(_message: Message, _source: Source, _state: State) -> Effects:
-    raise AssertionError("a shard that calls providers or a database decides nothing")
-
-
-def _due_after(seconds: int) -> Callable[[Record], float]:
-    """Return when a record is due that waits so long from its timestamp, in seconds since 1970."""
-    return lambda message: message.timestamp()[1] / 1000 + seconds
-
-
-def _with_raw(decode: Callable[[Record], DeliveryReport]) -> Callable[[Record], Reported]:
-    """Return `decode` with the record's bytes beside what they say."""
-    return lambda message: Reported(decode(message), message.value() or b"")
-
-
-def _or_tombstone(decode: Callable[[Record], Any]) -> Callable[[Record], Any]:
-    """Return `decode` for a compacted topic of others, whose records may be tombstones: they become None."""
-    return lambda message: None if message.value() is None else decode(message)
-
-
-def _first(source: Source) -> Source:
-    """Return where a record was read first when it was redriven, else where it is read: old news stays old."""
-    if dict(source.headers).get("topic") != source.topic.encode():
-        return source
-    try:
-        return _original(source)
-    except UndecodableError:
-        return source
-
-
-def _original(source: Source) -> KnownSource:
-    """Return where a parked record was read first."""
-    headers = dict(source.headers)
-    try:
-        return KnownSource(
-            topic=headers["topic"].decode(),
-            partition=int(headers["partition"]),
-            offset=int(headers["offset"]),
-            at=datetime.fromtimestamp(int(headers["timestamp"]) / 1000, UTC),
-            key=source.key,
-            headers=source.headers,
-        )
-    except (KeyError, ValueError) as error:
-        raise UndecodableError("a parked record without the headers that say where it came from") from error
 
 
 def build_app(settings: Settings, plan: Plan | None = None) -> Worker:

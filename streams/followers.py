@@ -9,8 +9,11 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
-from schemas.errors import NotifyError, RegistryUnavailableError
-from schemas.messages import ControlEntry
+from schemas.codec import Codec
+from schemas.errors import NotifyError, RegistryUnavailableError, UnsealableError
+from schemas.ids import partition_of
+from schemas.messages import ControlEntry, UserKey
+from schemas.sealed import unwrap
 from streams.transport.admin import offset_bounds
 from streams.transport.changelog import apply_record
 from streams.transport.cluster import Cluster, leave
@@ -186,6 +189,37 @@ class OrderFollower(Follower):
         if self._loop is not None and not self._loop.is_closed():
             for told in self.changed:
                 self._loop.call_soon_threadsafe(told)
+
+
+class KeyFollower(Follower):
+    """Follows the users' keys. `partitions`: of the users' topics; `open_key` as below, but for the row."""
+
+    def __init__(self, cluster: Cluster, topic: str, *, group: str, partitions: int, open_key: Callable[[bytes], bytes]) -> None:
+        super().__init__(cluster, topic, group=group)
+        self._partitions = partitions
+        self._open = open_key
+
+    async def key_of(self, user_id: str) -> bytes | None:
+        """Return a user's key, None when he has none or it was destroyed. Leaves for a wrong seal key. Raises TimeoutError."""
+        user = user_id.encode()
+        row = await self.look_up(partition_of(user, self._partitions), user)
+        return None if row is None else self._open(row)
+
+    def known_key(self, user_id: str) -> bytes | None:
+        """Return a user's key as far as the topic was read. Leaves for a wrong seal key."""
+        user = user_id.encode()
+        row = self.get(partition_of(user, self._partitions), user)
+        return None if row is None else self._open(row)
+
+
+def open_key(codec: Codec, seal_key: bytes, row: bytes) -> bytes:
+    """Return the key in a row of the users' keys. Leaves when the seal key is not the one that wrapped it."""
+    stored = codec.decode(row, UserKey)
+    try:
+        return unwrap(seal_key, stored.wrapped, user_id=stored.user_id)
+    except UnsealableError:
+        # going on would skip every delivery as erased, or set every request aside
+        leave("NOTIFY_SEAL_KEY is not the key that wrapped the users' keys")
 
 
 async def _awaited(work: Awaitable[None]) -> None:

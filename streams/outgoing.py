@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from agents.control import Control
 from schemas.messages import Delivery
 from streams.gateways import Call, Gateway
-from streams.runner import Lane
+from streams.shard import Lane
 from streams.transport.records import Record
 
 

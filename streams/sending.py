@@ -50,7 +50,7 @@ from schemas.sealed import seal, unseal
 from schemas.status import Axis, Status, Suppression
 from streams.gateways import Call, Gateway, Line
 from streams.outgoing import Job, Outgoing, Providers
-from streams.runner import DRAIN_SECONDS, Lane, RecordSource, Shard, Tools
+from streams.shard import DRAIN_SECONDS, Lane, RecordSource, Shard, Tools
 from streams.topology import Step
 from streams.transport.cluster import leave
 from streams.transport.records import Record

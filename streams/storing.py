@@ -16,8 +16,8 @@ from itertools import islice
 from typing import Any
 
 from schemas.errors import DatabaseUnavailableError, RefusedValueError, RegistryUnavailableError, SettingsError
-from streams.runner import TURN_SECONDS, Lane, RecordSource, Shard, Tools
 from streams.runs import Passage
+from streams.shard import TURN_SECONDS, Lane, RecordSource, Shard, Tools
 from streams.store.database import Database
 from streams.store.migrate import migrate
 from streams.store.rows import Kept, keep

@@ -14,10 +14,12 @@ from faust.types import TP
 
 from schemas.topics import Lane as LaneName
 from schemas.topics import requests
+from streams.deciding import DecidingShard
 from streams.metrics import Metrics
 from streams.roles import Role
-from streams.runner import DecidingShard, Encoder, Input, Lane, Names, Runner, Tools, Turns
+from streams.runner import Runner
 from streams.runs import DeadRun
+from streams.shard import Encoder, Input, Lane, Names, Tools, Turns
 from streams.topology import TOPOLOGY, all_topics
 from streams.transport.cluster import LEFT_EXIT_CODE, Cluster
 from streams.transport.reader import Batch, Reader

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 
 from agents.ports import KnownSource
 from schemas.errors import UnroutableError
-from streams.runner import dead_letter_headers
 from streams.runs import WINDOW_RECORDS, DeadRun
+from streams.shard import dead_letter_headers
 
 
 def commit(run: DeadRun, outcomes: str) -> str:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 
-from streams.runner import Turns
+from streams.shard import Turns
 
 
 async def test_the_most_urgent_takes_its_turn_first_and_turns_do_not_overlap() -> None:

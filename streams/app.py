@@ -75,7 +75,15 @@ from streams.topology import FORWARD, Step, all_topics, steps_of
 from streams.transport.admin import committed_offsets, topic_facts
 from streams.transport.cluster import leave
 from streams.transport.credentials import credentials
-from streams.transport.faust_parts import BatchSchema, BatchTableManager, KnowingAssignor, NotifyApp, PartitionedTable, check_version
+from streams.transport.faust_parts import (
+    BatchSchema,
+    BatchTableManager,
+    KnowingAssignor,
+    NotifyApp,
+    PartitionedTable,
+    PromptWorker,
+    check_version,
+)
 from streams.transport.reader import Batch
 from streams.unsubscribe import unsubscribe_url
 from streams.views.pages import Health, OperationsContext, WebContext, install, install_operations
@@ -505,6 +513,7 @@ def build_app(settings: Settings, plan: Plan | None = None) -> Worker:
         broker_commit_interval=1.0,
         broker_session_timeout=settings.session_timeout_seconds,
         PartitionAssignor=KnowingAssignor,
+        Worker=PromptWorker,
         broker_heartbeat_interval=min(2.0, settings.session_timeout_seconds / 3),
         broker_request_timeout=90.0,
         stream_recovery_delay=0.0,

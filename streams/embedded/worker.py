@@ -15,13 +15,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import faust
 from mode import Service
 
 from schemas.errors import NotifyError, SettingsError
 from streams.app import EXIT_SETTINGS, Worker, build_app
 from streams.roles import Role, step_back
 from streams.settings import CLIENT_NEEDS, Settings
+from streams.transport.faust_parts import PromptWorker
 
 USAGE = "usage: python -m streams.embedded.worker ROLE:PORT [ROLE:PORT ...]"
 
@@ -46,7 +46,7 @@ class Together(Service):
         await asyncio.gather(*(app.stop() for app in self._apps))
 
 
-class SharedWorker(faust.Worker):
+class SharedWorker(PromptWorker):
     """Faust's worker, running several apps."""
 
     def __init__(self, apps: Sequence[Worker]) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from streams.transport.reader import Batch
 
 FAUST_VERSION = "0.15.3"
+_LAST_SECONDS = 1.0  # for tasks to end that were cancelled
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +65,20 @@ class NotifyApp(faust.App):
 
     def _new_transport(self) -> BatchTransport:
         return BatchTransport(self.conf.broker_consumer, self)
+
+
+class PromptWorker(faust.Worker):
+    """Faust's worker, gone when its apps have stopped: mode waits a second for tasks that never end, and a second for nothing."""
+
+    def _gather_all(self) -> None:
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self.loop.run_until_complete(asyncio.wait(tasks, timeout=_LAST_SECONDS))
+
+    async def _sentinel_task(self) -> None:
+        """Let what is cancelled take its turn."""
 
 
 class KnowingAssignor(PartitionAssignor):

@@ -210,6 +210,17 @@ def test_a_schema_has_what_ours_replaces() -> None:
         assert parameters(function) == ["app", "message", "loads", "serializer"]
 
 
+# ---- the end
+
+
+def test_a_worker_ends_where_ours_does() -> None:
+    shutdown = source(mode.Worker._shutdown_loop)
+    assert shutdown.index("self._gather_futures()") < shutdown.index("self._gather_all()") < shutdown.index("self._sentinel_task()")
+    assert parameters(mode.Worker._gather_all) == parameters(mode.Worker._sentinel_task) == []
+    assert inspect.iscoroutinefunction(mode.Worker._sentinel_task)
+    assert "self.conf.Worker(" in source(faust.App.Worker)
+
+
 # ---- what else of Faust is used beside them
 
 

@@ -3,7 +3,7 @@
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete

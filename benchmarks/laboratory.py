@@ -25,7 +25,7 @@ from confluent_kafka.admin._listoffsets import OffsetSpec
 from streams.embedded.stack import Ports, Stack, start_stack
 from streams.provisioning import apply, plan, targets
 from streams.topics import Count, TopicSpec, physical
-from streams.transport.admin import PASSING
+from streams.transport.admin import PASSING, learn_leaders
 
 ROOT = Path(__file__).parent.parent
 PARTITIONS = 4
@@ -195,6 +195,7 @@ class Laboratory:
 
         def answer() -> list[int] | None:
             try:
+                learn_leaders(self.admin, topics)
                 return [future.result(_ANSWER_SECONDS).offset for future in self.admin.list_offsets(asked).values()]
             except KafkaException as error:
                 # a topic made a moment ago may have no leader yet, or not everywhere the same

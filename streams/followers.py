@@ -22,6 +22,7 @@ from streams.transport.records import Record, fetch
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
+_FETCH_WAIT_MS = 100  # a worker that starts or takes partitions over waits so long for the end
 _ASK_AGAIN_SECONDS = 1.0
 _CHUNK_RECORDS = 10_000
 CATCH_UP_SECONDS = 30.0
@@ -90,9 +91,11 @@ class Follower:
         return found
 
     def _run(self, rows: dict[int, dict[bytes, bytes]], positions: dict[int, int], stopping: threading.Event) -> None:
-        consumer = Consumer(self._cluster.reading(self._group, fetch_wait_ms=500))
+        consumer: Consumer | None = None
         try:
             firsts = offset_bounds(self._cluster, [(self._topic, partition) for partition in rows])
+            # only now, as `changelog.read_to_end` says
+            consumer = Consumer(self._cluster.reading(self._group, fetch_wait_ms=_FETCH_WAIT_MS))
             consumer.assign([TopicPartition(self._topic, partition, firsts[(self._topic, partition)][0]) for partition in rows])
             while not stopping.is_set():
                 found = fetch(consumer, wait_seconds=_POLL_SECONDS, most=_CHUNK_RECORDS)
@@ -105,7 +108,8 @@ class Follower:
             if not stopping.is_set():
                 leave(f"following {self._topic} failed: {error.args[0]}")
         finally:
-            consumer.close()
+            if consumer is not None:
+                consumer.close()
 
     def _apply(self, rows: Mapping[int, dict[bytes, bytes]], records: Sequence[Record], stopping: threading.Event) -> None:
         """Take records over. Called in the thread; what it returned from counts as read."""

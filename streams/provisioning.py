@@ -28,7 +28,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, b
 
 from schemas.errors import SettingsError
 from streams.topics import Count, TopicSpec, physical
-from streams.transport.admin import patiently
+from streams.transport.admin import learn_leaders, patiently
 
 T = TypeVar("T")
 ANSWER_SECONDS = 10.0
@@ -186,6 +186,7 @@ def start_group(admin: AdminClient, group: str, topics: Sequence[str], at: Start
     spec = offset_spec(at)
 
     def found() -> list[TopicPartition]:
+        learn_leaders(admin, (place.topic for place in unset), seconds=ANSWER_SECONDS)
         futures = admin.list_offsets(dict.fromkeys(unset, spec), request_timeout=ANSWER_SECONDS)
         return [TopicPartition(place.topic, place.partition, future.result(ANSWER_SECONDS).offset) for place, future in futures.items()]
 

@@ -37,7 +37,7 @@ from streams.roles import Role
 from streams.settings import CLIENT_NEEDS, Settings
 from streams.topics import DEAD_MAX_BYTES, INBOUND_MAX_BYTES, physical, specs
 from streams.topology import TOPOLOGY
-from streams.transport.admin import patiently
+from streams.transport.admin import learn_leaders, patiently
 
 TIMEOUT_SECONDS = 5.0
 MAX_CLOCK_DIFFERENCE_SECONDS = 2.0  # HTTP dates have whole seconds
@@ -239,6 +239,7 @@ def _lag(admin: AdminClient, group: str, places: list[TopicPartition]) -> int | 
     asked = dict.fromkeys(read, provisioning.offset_spec(provisioning.StartAt.LATEST))
 
     def ends() -> dict[tuple[str, int], int]:
+        learn_leaders(admin, (topic for topic, _ in committed), seconds=TIMEOUT_SECONDS)
         futures = admin.list_offsets(asked, request_timeout=TIMEOUT_SECONDS)
         return {(place.topic, place.partition): future.result(2 * TIMEOUT_SECONDS).offset for place, future in futures.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -81,12 +81,33 @@ def open_ends(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[tuple
 
 
 def _open_ends(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
-    admin = AdminClient(cluster.config())
+    admin = _client(cluster, places)
     # the stable end first: what is written meanwhile looks open, and what ends meanwhile too, but nothing open looks ended
     latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]  # upstream has no types here
     stable = _offsets(_asked(admin, places, latest, IsolationLevel.READ_COMMITTED))
     ends = _offsets(_asked(admin, places, latest, IsolationLevel.READ_UNCOMMITTED))
     return {place: offset for place, offset in stable.items() if offset < ends[place]}
+
+
+def learn_leaders(admin: AdminClient, topics: Iterable[str], *, seconds: float = _TRY_SECONDS) -> None:
+    """Let a client know who leads the partitions of `topics`. To be called before it is asked for offsets. Raises KafkaException.
+
+    One that does not know looks for the leaders in two threads at once (librdkafka's `query_leaders_async`), and that ends in a lost
+    answer and a time-out, or in a crash of the process: docs/adr/0015-clients-know-the-leaders.md.
+    """
+    for topic in sorted(set(topics)):
+        admin.list_topics(topic, timeout=seconds)
+
+
+def _client(cluster: Cluster, places: Sequence[tuple[str, int]]) -> AdminClient:
+    """Return a new client that knows who leads `places`.
+
+    New each time: one that waits for a leader that is gone does so until its time is up, and librdkafka 2.16 meanwhile connects to it
+    thousands of times a second.
+    """
+    admin = AdminClient(cluster.config())
+    learn_leaders(admin, (topic for topic, _ in places))
+    return admin
 
 
 def _asked(admin: AdminClient, places: Sequence[tuple[str, int]], what: OffsetSpec, level: IsolationLevel) -> Answers:
@@ -112,9 +133,7 @@ def patiently(ask: Callable[[], T], *, seconds: float = _CALL_SECONDS) -> T:
 
 
 def _offset_bounds(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], tuple[int, int]]:
-    # A new client each time: it learns who leads now. One that waits for a leader that is gone does so until its time is up,
-    # and librdkafka 2.16 meanwhile connects to it thousands of times a second
-    admin = AdminClient(cluster.config())
+    admin = _client(cluster, places)
     earliest, latest = cast("list[OffsetSpec]", [OffsetSpec.earliest(), OffsetSpec.latest()])  # type: ignore[no-untyped-call]  # upstream has no types here
     first = _asked(admin, places, earliest, IsolationLevel.READ_COMMITTED)
     last = _offsets(_asked(admin, places, latest, IsolationLevel.READ_COMMITTED))

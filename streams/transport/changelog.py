@@ -38,13 +38,14 @@ def read_to_end(
     """
     if not apply:
         return 0
+    # offsets, not "the beginning": librdkafka would wait half a second to look that up
+    firsts = offset_bounds(cluster, list(apply))
+    # only now: one that is told what to read after it has connected looks for the leaders a second later
     consumer = Consumer(cluster.reading(group, fetch_wait_ms=10))
     remaining = set(apply)
     count = 0
     silent_since = time.monotonic()
     try:
-        # offsets, not "the beginning": librdkafka would wait half a second to look that up
-        firsts = offset_bounds(cluster, list(apply))
         consumer.assign([TopicPartition(*place, firsts[place][0]) for place in apply])
         with _collector_at_rest():
             while remaining:

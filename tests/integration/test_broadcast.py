@@ -18,6 +18,7 @@ from schemas.messages import Origin as Place
 from streams.cli.wire import Wire
 from streams.embedded.stack import Stack
 from streams.topics import specs
+from streams.transport.admin import learn_leaders
 from tests.harness import System, system, wait_for
 
 PRODUCT = "prod_1129"
@@ -59,6 +60,7 @@ def restocked(made: System, event_id: str) -> None:
 def ends(made: System, topic: str) -> int:
     """Return how far a topic was written, its commit markers included."""
     wanted = {TopicPartition(made.topic(topic), number): OffsetSpec.latest() for number in range(made.partitions)}  # type: ignore[no-untyped-call]  # upstream has no types here
+    learn_leaders(made.admin, [made.topic(topic)])
     return sum(found.result().offset for found in made.admin.list_offsets(wanted).values())
 
 

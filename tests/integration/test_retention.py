@@ -12,6 +12,7 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.admin._listoffsets import OffsetSpec
 
 from streams.embedded.stack import Stack
+from streams.transport.admin import learn_leaders
 from tests.harness import System, WorkerProcess, system, wait_for
 from tests.tally_app import OUT, STEP, TOPICS
 
@@ -32,6 +33,7 @@ def records(run: str, count: int) -> list[tuple[bytes, bytes]]:
 def delete_all_but_the_newest(made: System) -> None:
     """Delete the older records of the input, as retention does."""
     newest = {TopicPartition(made.topic(INPUT), number): OffsetSpec.latest() for number in range(made.partitions)}  # type: ignore[no-untyped-call]  # upstream has no types here
+    learn_leaders(made.admin, [made.topic(INPUT)])
     ends = {place: found.result().offset for place, found in made.admin.list_offsets(newest).items()}
     wanted = [TopicPartition(place.topic, place.partition, end - KEPT) for place, end in ends.items()]
     for deleted in made.admin.delete_records(wanted).values():

@@ -25,6 +25,7 @@ from streams.embedded.stack import Stack
 from streams.registry import Registry
 from streams.tokens import issue
 from streams.topology import all_topics
+from streams.transport.admin import learn_leaders
 from tests.harness import System, WorkerProcess, system, wait_for
 from tests.stories import START, Record, a_story, an_id
 
@@ -417,6 +418,7 @@ def forget(world: System, topic: str) -> None:
     name = world.topic(topic)
     ends = {record.partition(): record.offset() + 1 for record in world.read(topic)}
     asked = [TopicPartition(name, partition, end) for partition, end in ends.items()]
+    learn_leaders(world.admin, [name])
     for future in world.admin.delete_records(asked).values():
         future.result()
 

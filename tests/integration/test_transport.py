@@ -7,13 +7,14 @@ import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
 
 from streams.embedded.stack import Stack
-from streams.transport.admin import open_ends
+from streams.transport.admin import _offset_bounds, offset_bounds, open_ends
 from streams.transport.records import Record
 from tests.harness import System, system, wait_for
 from tests.tally_app import OUT, STEP, TOPICS
@@ -205,6 +206,15 @@ def test_recovery_ends_at_a_position_though_the_changelog_ends_in_markers(tally:
     tally.produce("tally.in", numbered(500, first=500))
     await_out(tally, 1_000)
     audit(tally, numbered(1_000))
+
+
+def test_no_question_for_offsets_stays_without_an_answer(tally: System) -> None:
+    # of clients that did not know the leaders a quarter waited until their time was up, and one in thousands crashed the process
+    places = [(tally.topic(topic), partition) for topic in (OUT, *STEP.reads) for partition in range(tally.partitions)]
+    offset_bounds(tally.cluster, places)  # the leaders of topics made a moment ago are in office
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: _offset_bounds(tally.cluster, places), range(200)))  # at once: nothing is asked again
+    assert all(answer == dict.fromkeys(places, (0, 0)) for answer in answers)
 
 
 def test_an_urgent_record_overtakes_a_backlog(tally: System) -> None:

@@ -70,6 +70,8 @@ def greenmail(keystore: Path | None = None, password: str = "", *, users: str = 
     found = GreenMail(choose_port(), choose_port(), choose_port())
     options = [f"-Dgreenmail.{name}.hostname=127.0.0.1" for name in ("smtp", "imap", "imaps")]
     options += [f"-Dgreenmail.{name}.port={getattr(found, name)}" for name in ("smtp", "imap", "imaps")]
+    # after two seconds, which a busy machine may need, it would go on without its users
+    options.append("-Dgreenmail.startup.timeout=60000")
     if users:
         options += [f"-Dgreenmail.users={users}", "-Dgreenmail.users.login=email"]
     if keystore is not None:
@@ -83,6 +85,7 @@ def greenmail(keystore: Path | None = None, password: str = "", *, users: str = 
         finally:
             process.terminate()
             process.wait(10)
+            print(_tail(log))  # shown where a test failed
 
 
 @contextmanager

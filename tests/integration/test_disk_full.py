@@ -78,6 +78,7 @@ async def a_broker(folder: Path) -> KafkaBroker:
         env=os.environ,
     )
     broker.class_path = await artifacts.obtain_kafka(cache, lambda _message: None)
+    broker.has_short_life = True
     return broker
 
 

@@ -290,7 +290,7 @@ def test_everything_listens_on_loopback_only(stack: Stack) -> None:
 
 async def test_stop_leaves_no_process_and_a_second_start_resumes(tmp_path: Path) -> None:
     told: list[tuple[str, str]] = []
-    first = await start_stack(tmp_path, ports=Ports.free(), progress=lambda *words: told.append(words), warm_up=False)
+    first = await start_stack(tmp_path, ports=Ports.free(), progress=lambda *words: told.append(words), warm_up=False, has_short_life=True)
     try:
         pids = [server.pid for server in first.servers]
         topic = create_topic(first)
@@ -304,7 +304,7 @@ async def test_stop_leaves_no_process_and_a_second_start_resumes(tmp_path: Path)
     assert [pid for pid in pids if psutil.pid_exists(pid)] == []
     assert {name for name, message in told if message.startswith("ready in ")} == {"kafka", "registry", "postgres", "mail"}
 
-    async with await start_stack(tmp_path, ports=Ports.free(), warm_up=False) as second:
+    async with await start_stack(tmp_path, ports=Ports.free(), warm_up=False, has_short_life=True) as second:
         assert second.ports == first.ports
         assert consume(second, topic, 1) == [b"kept"]
         assert len(messages(second, "kept@example.com")) == 1
@@ -330,7 +330,7 @@ async def test_a_server_that_cannot_start_shows_why_and_nothing_is_left(tmp_path
     (tmp_path / "kafka" / "data").mkdir(parents=True)
     (tmp_path / "kafka" / "data" / "meta.properties").write_text("version=1\nnode.id=7\ncluster.id=another\n")
     with pytest.raises(ServerFailedError, match=r"(?s)kafka .*kafka\.log.*node\.?\s?id") as caught:
-        await start_stack(tmp_path, ports=Ports.free(), registry=False, warm_up=False)
+        await start_stack(tmp_path, ports=Ports.free(), registry=False, warm_up=False, has_short_life=True)
     assert caught.value.log_tail
     children = psutil.Process().children(recursive=True)
     assert [child for child in children if child.cwd().startswith(str(tmp_path))] == []
@@ -342,7 +342,7 @@ import asyncio, pathlib
 from streams.embedded.stack import Ports, start_stack
 
 async def main():
-    stack = await start_stack(pathlib.Path({str(tmp_path)!r}), ports=Ports.free(), registry=False, warm_up=False)
+    stack = await start_stack(pathlib.Path({str(tmp_path)!r}), ports=Ports.free(), registry=False, warm_up=False, has_short_life=True)
     print(*(server.pid for server in stack.servers), flush=True)
     await asyncio.sleep(3600)
 
@@ -356,7 +356,7 @@ asyncio.run(main())
     finally:
         parent.kill()
         parent.wait()
-    async with await start_stack(tmp_path, ports=Ports.free(), registry=False, warm_up=False):
+    async with await start_stack(tmp_path, ports=Ports.free(), registry=False, warm_up=False, has_short_life=True):
         assert [pid for pid in pids if is_alive(pid)] == []
 
 

@@ -88,6 +88,7 @@ from streams.transport.reader import Batch
 from streams.unsubscribe import unsubscribe_url
 from streams.views.pages import Health, OperationsContext, WebContext, install, install_operations
 
+gc.freeze()  # or else the first thing that happens is a look through all of it
 gc.enable()
 
 if TYPE_CHECKING:

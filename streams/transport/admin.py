@@ -36,6 +36,9 @@ PASSING = frozenset(
         KafkaError.REQUEST_TIMED_OUT,
         KafkaError.BROKER_NOT_AVAILABLE,
         KafkaError.KAFKA_STORAGE_ERROR,
+        KafkaError.NOT_COORDINATOR,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
     }
 )
 
@@ -141,9 +144,13 @@ def _offset_bounds(cluster: Cluster, places: Sequence[tuple[str, int]]) -> dict[
 
 
 def committed_offsets(cluster: Cluster, group: str, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
-    """Return what `group` committed for each (topic, partition) that it committed anything for. Joins no group."""
+    """Return what `group` committed for each (topic, partition) that it committed anything for. Joins no group. Raises KafkaException."""
     if not places:
         return {}
+    return patiently(partial(_committed_offsets, cluster, group, places))
+
+
+def _committed_offsets(cluster: Cluster, group: str, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
     consumer = Consumer(cluster.config(group_id=group, enable_auto_commit=False))
     try:
         found = consumer.committed([TopicPartition(topic, partition) for topic, partition in places], timeout=_CALL_SECONDS)

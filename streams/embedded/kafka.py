@@ -182,6 +182,8 @@ advertised.listeners=PLAINTEXT://{LOOPBACK}:{self.port}
 controller.listener.names=CONTROLLER
 listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
 log.dirs={self._log_dir}
+# a minute otherwise, and a broker that was killed looks through every deleted topic before it is back
+log.segment.delete.delay.ms=1000
 
 auto.create.topics.enable=false
 unclean.leader.election.enable=false

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,10 +22,14 @@ from streams.metrics import Metrics
 log = logging.getLogger(__name__)
 
 
+_ANSWER_SECONDS = 1.0  # who was woken and does not ask for a call within them needs none
+
+
 @dataclass(slots=True)
 class Line:
     """A provider with what limits its calls. `per_day`: of the whole quota, before it is divided; None: no limit.
 
+    Shards, each known by its event `wake`, share its calls: `held` are theirs, `lacking` was refused one, and until when that counts.
     `services`: by route, the provider once for each service behind it that fails apart, with a circuit and rates of its own.
     """
 
@@ -34,6 +39,19 @@ class Line:
     pace: Pace
     per_day: int | None = None
     services: Mapping[str, Provider] = field(default_factory=dict)
+    held: Counter[asyncio.Event] = field(default_factory=Counter)
+    lacking: dict[asyncio.Event, float] = field(default_factory=dict)
+
+    def has_call_for(self, shard: asyncio.Event, now: float) -> bool:
+        """Say whether a call is free that `shard` may take: as long as another one lacks calls, no more than an equal share.
+
+        A shard that has a backlog and whose calls end takes new ones at once: without this it would leave the others none.
+        """
+        others = {each for each, until in self.lacking.items() if each is not shard and until > now}
+        if not others or not self.free:
+            return self.free > 0
+        sharers = len({shard, *others, *self.held})
+        return self.held[shard] < math.ceil((self.free + self.held.total()) / sharers)
 
     def of(self, route: str | None) -> Provider:
         """Return whose circuit and rates count for a delivery of `route`."""
@@ -49,6 +67,7 @@ class Call:
     began_at: float
     route: str | None
     is_probe: bool
+    shard: asyncio.Event
 
 
 @dataclass(slots=True)
@@ -87,20 +106,26 @@ class Gateway:
         `spendable_at`: when the caller's part of a provider's daily quota lets it be called, by a monotonic clock.
         """
         now = time.monotonic()
+        for line in self.lines:
+            line.lacking.pop(wake, None)
 
         def ready_at(provider: Provider) -> float:
             line = self._by_name[provider.name]
-            return max(line.pace.ready_at(now), spendable_at(line)) if line.free else math.inf
+            return max(line.pace.ready_at(now), spendable_at(line)) if line.has_call_for(wake, now) else math.inf
 
         found = choose([line.of(route) for line in self.lines], route=route, draw=draw, avoid=avoid, now=now, ready_at=ready_at)
         if not isinstance(found, Choice):
             self.wakes.add(wake)
+            for line in self.lines:
+                if not line.has_call_for(wake, now):
+                    line.lacking[wake] = math.inf
             return found
         line = self._by_name[found.provider.name]
         line.free -= 1
+        line.held[wake] += 1
         line.pace.take(now)
         self.metrics.attempts_open.labels(found.provider.name).inc()
-        return Call(line, found.reason, now, route, found.provider.circuit.begin())
+        return Call(line, found.reason, now, route, found.provider.circuit.begin(), wake)
 
     def others(self, route: str | None, tried: set[str]) -> bool:
         """Say whether a provider that is not out and none of `tried` carries `route`."""
@@ -135,6 +160,9 @@ class Gateway:
     def give_back(self, call: Call) -> None:
         """Let the next call begin, now that the end of this one is recorded: what a crash can double are recorded intents."""
         call.line.free += 1
+        call.line.held[call.shard] -= 1
+        if not call.line.held[call.shard]:
+            del call.line.held[call.shard]
         self.metrics.attempts_open.labels(call.line.provider.name).dec()
         self._wake()
 
@@ -142,6 +170,9 @@ class Gateway:
         for wake in self.wakes:
             wake.set()
         self.wakes.clear()
+        now = time.monotonic()
+        for line in self.lines:
+            line.lacking = {each: min(until, now + _ANSWER_SECONDS) for each, until in line.lacking.items() if until > now}
 
     def _of(self, route: str | None) -> list[Provider]:
         return [line.of(route) for line in self.lines]

@@ -10,16 +10,19 @@ import pytest
 
 from channels.simulators.script import Script
 from schemas import topics
+from schemas.ids import partition_of
 from schemas.messages import Delivery
 from schemas.status import Status
 from schemas.topics import Channel, Lane
 from streams.embedded.processes import choose_port
 from streams.embedded.stack import Stack
 from tests.deliveries import a_delivery, changes, give_keys, publish
-from tests.harness import System, system, wait_for
+from tests.harness import PARTITIONS, System, system, wait_for
 from tests.outage import FAILING, Phase, play, two_providers
+from tests.simulated import simulated
 
 MAILS = 200
+BACKLOG = 600
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,28 @@ def test_what_no_provider_is_there_for_is_skipped_visibly(running: System) -> No
     wait_for(lambda: any(c.status == Status.SKIPPED for c in changes(running, text)), seconds=30, what="it skipped")
     (skipped,) = [change for change in changes(running, text) if change.status == Status.SKIPPED]
     assert skipped.reason == "no_provider"
+
+
+def test_a_partition_with_a_backlog_leaves_the_others_of_its_worker_their_share_of_the_calls(stack: Stack, tmp_path: Path) -> None:
+    names = [f"fair-{n}" for n in range(100)]
+    users = {number: next(each for each in names if partition_of(each.encode(), PARTITIONS) == number) for number in (0, 1)}
+    backlog = [a_delivery(users[0], f"backlog-{n}", address=f"backlog-{n}@example.com") for n in range(BACKLOG)]
+    few = [a_delivery(users[1], f"few-{n}", address=f"few-{n}@example.com") for n in range(20)]
+    with simulated(FAILING, script=Script(latency=0.1)) as found:
+        variables = {"NOTIFY_PROVIDERS": found[FAILING].url, "NOTIFY_SMTP_URL": "", "NOTIFY_MAX_OPEN_ATTEMPTS": "4"}
+        with system(stack, tmp_path, variables=variables) as made:
+            made.start("sender-normal")
+            made.await_ready(seconds=120)
+            deliver(made, backlog)
+            wait_for(lambda: found.taken(FAILING) > 4, seconds=30, what="the backlog begun")
+            deliver(made, few)
+            wait_for(lambda: sent(made, few) == len(few), seconds=60, what="the few sent")
+            behind = BACKLOG - sent(made, backlog)
+            assert behind > BACKLOG // 2, "the others waited until the backlog was sent"
+
+
+def sent(made: System, deliveries: list[Delivery]) -> int:
+    return sum(change.status == Status.SENT for change in changes(made, *deliveries))
 
 
 def test_a_provider_that_fails_wholly_then_in_part_loses_its_share_and_gets_it_back(stack: Stack, tmp_path: Path) -> None:

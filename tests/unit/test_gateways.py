@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 
 import pytest
 
@@ -24,8 +25,16 @@ def a_gateway(*channels: Channel) -> Gateway:
     return gateways_of({"push": found}, {}, max_open=32, lane_share=1.0, metrics=Metrics(Role.SENDER_NORMAL))["push"]
 
 
-def taken(gateway: Gateway, route: str) -> Call | Wait | None:
-    return gateway.take(route=route, draw="d 0 1", avoid=set(), spendable_at=lambda _line: 0.0, wake=asyncio.Event())
+def taken(gateway: Gateway, route: str, shard: asyncio.Event | None = None) -> Call | Wait | None:
+    return gateway.take(route=route, draw="d 0 1", avoid=set(), spendable_at=lambda _line: 0.0, wake=shard or asyncio.Event())
+
+
+def all_it_may(gateway: Gateway, shard: asyncio.Event) -> list[Call]:
+    """Take calls as a shard with a backlog does: until it is refused one."""
+    found: list[Call] = []
+    while isinstance(call := taken(gateway, GOOGLE, shard), Call):
+        found.append(call)
+    return found
 
 
 def called(gateway: Gateway, route: str, ended: Ended, *, asked: float = 0.0) -> None:
@@ -74,6 +83,38 @@ def test_services_share_the_calls_that_their_provider_may_have_open() -> None:
     assert isinstance(taken(gateway, MOZILLA), Call)
     assert isinstance(taken(gateway, GOOGLE), Call)
     assert taken(gateway, GOOGLE) == Wait(math.inf, is_out=False)
+
+
+def test_a_shard_whose_calls_end_leaves_those_that_lack_calls_their_share() -> None:
+    gateway = a_gateway(RecordingChannel(name="push", provider="webpush", routes=ROUTES, max_open=32))
+    busy, other, third = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    open_calls = all_it_may(gateway, busy)
+    assert len(open_calls) == 32, "alone it has all"
+    assert all_it_may(gateway, other) == all_it_may(gateway, third) == []
+    # the busy one ends calls and asks again before anybody who is woken has a turn
+    for _ in range(10):
+        ended, open_calls = open_calls[:20], open_calls[20:]
+        for call in ended:
+            gateway.give_back(call)
+        open_calls += all_it_may(gateway, busy)
+    assert len(open_calls) == 11, "a third, rounded up"
+    assert other.is_set()
+    assert third.is_set()
+    assert len(all_it_may(gateway, other)) == 11
+    assert len(all_it_may(gateway, third)) == 10
+
+
+def test_a_shard_that_was_woken_and_asks_no_more_limits_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = a_gateway(RecordingChannel(name="push", provider="webpush", routes=ROUTES, max_open=8))
+    busy, gone = asyncio.Event(), asyncio.Event()
+    open_calls = all_it_may(gateway, busy)
+    assert all_it_may(gateway, gone) == []
+    for call in open_calls:
+        gateway.give_back(call)
+    assert len(all_it_may(gateway, busy)) == 4
+    later = time.monotonic() + 2
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert len(all_it_may(gateway, busy)) == 4, "and so all eight"
 
 
 def test_metrics_name_the_service_that_is_out() -> None:

@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS, USED = "attempts", "used"
 # deliveries of a shard that are taken in and not done: beyond it the partition waits
 WINDOW_DELIVERIES = 1_000
-_PRUNE_ROWS = 2
+_PRUNE_ROWS = 2  # for each delivery that begins or ends
 _ASK_AGAIN_SECONDS = 1.0
 # so long after the first delivery that comes for an idle shard others are waited for: one transaction of the router wakes
 # the reader of each channel, a moment apart
@@ -380,7 +380,7 @@ class SendingShard(Shard):
         for job in starts:
             self._record_start(job, now)
         finished = self._move_watermarks()
-        self._prune(now)
+        self._prune(now, most=_PRUNE_ROWS * max(1, len(ended) + len(starts)))
         await self.commit(len(ended) + len(starts))
         for job, _ in ended:
             if job.call is not None:
@@ -623,9 +623,10 @@ class SendingShard(Shard):
             moved[topic] = (watermark, len(head))
         return moved
 
-    def _prune(self, now: datetime) -> None:
+    def _prune(self, now: datetime, *, most: int) -> None:
+        """Drop the oldest rows that are past the window, at most `most`: more than came with this transaction, or they would pile up."""
         oldest_ms = round(now.timestamp() * 1000) - self._providers.ledger_seconds * 1000
-        for key, row in list(islice(self.tables[ATTEMPTS].items(), _PRUNE_ROWS)):
+        for key, row in list(islice(self.tables[ATTEMPTS].items(), most)):
             attempt = Attempt.of(row)
             if not attempt.is_over_here or attempt.at_ms > oldest_ms:
                 break

@@ -17,11 +17,12 @@ import itertools
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
+from typing import cast
 
 from agents.failover import Wait, backoff_seconds
 from agents.pacing import daily_share, day_of, seconds_to_next_day
@@ -75,6 +76,8 @@ _NOT_ASKED = "look_up"
 
 class SendingShard(Shard):
     """Turns deliveries into calls to providers."""
+
+    repeats = True  # calls that ended cannot be decided again
 
     def __init__(self, tools: Tools, step: Step, partition: int, lanes: list[Lane], *, providers: Providers) -> None:
         super().__init__(tools, step, partition, lanes)
@@ -440,7 +443,7 @@ class SendingShard(Shard):
         if row is None or not is_settled_by(change, row):
             return
         settled = replace(Attempt.of(row), state=AttemptState.DONE, provider="", at_ms=round(now.timestamp() * 1000))
-        self.put(ATTEMPTS, key, settled.row())
+        self._put_row(key, settled)
         self._note_unknown(key.decode(), change.channel or "", is_unknown=False)
         self.tools.metrics.settled.labels(change.channel or "", change.status).inc()
 
@@ -552,8 +555,13 @@ class SendingShard(Shard):
             not_before_ms=0 if not_before is None else round(not_before.timestamp() * 1000),
             provider=provider,
         )
-        self.put(ATTEMPTS, key, attempt.row())
+        self._put_row(key, attempt)
         self._note_unknown(job.delivery.delivery_id, job.delivery.channel, is_unknown=attempt.is_unknown)
+
+    def _put_row(self, key: bytes, attempt: Attempt) -> None:
+        """Put a row behind all others: they are in the order of their last steps."""
+        self.put(ATTEMPTS, key, attempt.row())
+        cast("OrderedDict[bytes, bytes]", self.tables[ATTEMPTS]).move_to_end(key)
 
     def _note_unknown(self, delivery_id: str, channel: str, *, is_unknown: bool) -> None:
         if self._unknown is None:
@@ -626,11 +634,15 @@ class SendingShard(Shard):
     def _prune(self, now: datetime, *, most: int) -> None:
         """Drop the oldest rows that are past the window, at most `most`: more than came with this transaction, or they would pile up."""
         oldest_ms = round(now.timestamp() * 1000) - self._providers.ledger_seconds * 1000
-        for key, row in list(islice(self.tables[ATTEMPTS].items(), most)):
+        rows = cast("OrderedDict[bytes, bytes]", self.tables[ATTEMPTS])
+        for key, row in list(islice(rows.items(), most)):
             attempt = Attempt.of(row)
-            if not attempt.is_over_here or attempt.at_ms > oldest_ms:
+            if attempt.at_ms > oldest_ms:
                 break
-            self.put(ATTEMPTS, key, None)
+            if attempt.is_over_here:
+                self.put(ATTEMPTS, key, None)
+            else:
+                rows.move_to_end(key)  # one that waits for days holds up nobody
 
     async def _call(self, job: Job) -> None:
         call, delivery = job.call, job.delivery

@@ -262,6 +262,8 @@ class Lane:
 class Shard:
     """A step's share of one partition number. Subclasses say what becomes of a batch."""
 
+    repeats = False  # what was aborted is written again as it was; else it is undone, and decided again
+
     def __init__(self, tools: Tools, step: Step, partition: int, lanes: list[Lane]) -> None:
         self.tools = tools
         self.step = step
@@ -275,6 +277,7 @@ class Shard:
             tools.cluster,
             transactional_id=f"notify-{tools.names.physical[step.changelog]}-{partition}",
             max_message_bytes=DEAD_MAX_BYTES,
+            repeats=self.repeats,
         )
         # shared by the step's shards
         self.room = tools.rooms.setdefault(step.name, Room(step.reads.index(topic) for topic in step.urgent))

@@ -7,6 +7,8 @@ All calls but `begin` and `produce` block; the runner makes them in a thread poo
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import time
 from collections.abc import Sequence
 
@@ -14,8 +16,11 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 
 from streams.transport.cluster import Cluster
 
+log = logging.getLogger(__name__)
+
 TRANSACTION_TIMEOUT_MS = 15_000
 _CALL_SECONDS = 60.0
+_MOST_REPEATS = 3
 _METADATA_SECONDS = 5.0
 # what one record adds to its key, value and headers on the wire, generously
 RECORD_OVERHEAD_BYTES = 128
@@ -45,11 +50,18 @@ class AbortedError(Exception):
         self.too_large = too_large
 
 
-class Writer:
-    """One transactional producer. Not thread-safe: one call at a time."""
+_Produced = tuple[str, bytes | None, bytes | None, int, Headers | None, int]
 
-    def __init__(self, cluster: Cluster, *, transactional_id: str, max_message_bytes: int) -> None:
+
+class Writer:
+    """One transactional producer. Not thread-safe: one call at a time.
+
+    `repeats`: a transaction that the broker aborted is made again from what was produced, for those who cannot decide again.
+    """
+
+    def __init__(self, cluster: Cluster, *, transactional_id: str, max_message_bytes: int, repeats: bool = False) -> None:
         self.transactional_id = transactional_id
+        self._kept: list[_Produced] | None = [] if repeats else None
         self._too_large = False
         self._wrong_clock = False
         self._config = cluster.config(
@@ -116,7 +128,43 @@ class Writer:
         timestamp_ms: int = 0,
     ) -> None:
         """Add a record to the open transaction. Partition -1: by the key; timestamp 0: now. Raises FencedError, AbortedError."""
+        record = (topic, value, key, partition, headers, timestamp_ms)
+        if self._kept is None:
+            self._produce(record)
+            return
+        self._kept.append(record)
+        if self.is_open:  # else it was aborted since it began: `commit` makes all of it again
+            try:
+                self._produce(record)
+            except AbortedError as error:
+                if error.too_large:
+                    raise
+
+    def commit(self) -> None:
+        """Commit the open transaction. Blocks. Raises AbortedError (aborted already) or FencedError."""
+        if self._kept is None:
+            self._commit()
+            return
+        try:
+            for repeat in itertools.count():
+                try:
+                    if not self.is_open:
+                        self.begin()
+                        for record in self._kept:
+                            self._produce(record)
+                    self._commit()
+                except AbortedError as error:
+                    if error.too_large or repeat == _MOST_REPEATS:
+                        raise
+                    log.warning("transaction.repeated id=%s records=%d error=%s", self.transactional_id, len(self._kept), error)
+                else:
+                    return
+        finally:
+            self._kept.clear()
+
+    def _produce(self, record: _Produced) -> None:
         producer = self._live()
+        topic, value, key, partition, headers, timestamp_ms = record
         while True:
             try:
                 if headers is None:
@@ -130,8 +178,7 @@ class Writer:
             else:
                 return
 
-    def commit(self) -> None:
-        """Commit the open transaction. Blocks. Raises AbortedError (aborted already) or FencedError."""
+    def _commit(self) -> None:
         producer = self._live()
         deadline = time.monotonic() + 2 * _CALL_SECONDS
         while True:

@@ -236,15 +236,17 @@ def test_rows_of_the_ledger_that_are_past_the_window_go_faster_than_new_ones_com
     user, count = "pruned", 500
     give_keys(delaying, [user])
     long_ago = round((datetime.now(UTC) - timedelta(days=8)).timestamp() * 1000)
-    row = Attempt(generation=0, number=1, state=AttemptState.DONE, failures=0, at_ms=long_ago).row()
-    old = [(shared_key("attempts", f"old-{n}".encode()), row) for n in range(count)]
+    row = Attempt(generation=0, number=1, state=AttemptState.DONE, failures=0, at_ms=long_ago)
+    old = [(shared_key("attempts", f"old-{n}".encode()), row.row()) for n in range(count)]
+    waits = b"email-waits"  # in front of all, and not over
+    old.insert(0, (shared_key("attempts", waits), replace(row, state=AttemptState.WAITING).row()))
     delaying.produce_to("sender-normal.send.changelog", partition_of(user.encode(), PARTITIONS), old)
     delaying.await_ready(delaying.start("sender-normal"), seconds=60)
     # nobody is called for these: hundreds are recorded in a transaction
     sent = [a_delivery(user, f"pruned-{n}", channel=Channel.IN_APP) for n in range(count)]
     publish(delaying, topics.deliver(Channel.IN_APP, Lane.NORMAL), sent)
     wait_for(lambda: sum(c.status == "delivered" for c in changes(delaying, *sent)) == count, seconds=30, what="each delivered")
-    assert set(delaying.table("sender-normal.send", "attempts")) == {each.delivery_id.encode() for each in sent}
+    assert set(delaying.table("sender-normal.send", "attempts")) == {waits, *(each.delivery_id.encode() for each in sent)}
 
 
 def test_kills_of_delay_and_sender_amid_refusals_lose_nothing_and_begin_no_attempt_twice(delaying: System) -> None:

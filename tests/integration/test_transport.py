@@ -16,6 +16,7 @@ from confluent_kafka import Producer
 from streams.embedded.stack import Stack
 from streams.transport.admin import _offset_bounds, offset_bounds, open_ends
 from streams.transport.records import Record
+from streams.transport.writer import AbortedError, Writer
 from tests.harness import System, system, wait_for
 from tests.tally_app import OUT, STEP, TOPICS
 
@@ -215,6 +216,32 @@ def test_no_question_for_offsets_stays_without_an_answer(tally: System) -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: _offset_bounds(tally.cluster, places), range(200)))  # at once: nothing is asked again
     assert all(answer == dict.fromkeys(places, (0, 0)) for answer in answers)
+
+
+def test_a_writer_that_repeats_makes_an_aborted_transaction_again_and_nothing_twice(tally: System) -> None:
+    """What a provider answered cannot be decided again: without a repetition the sender had to leave, with its calls open."""
+    sent = [(key, value + b":1") for key, value in numbered(300)]
+    for repeats in (False, True):
+        writer = Writer(tally.cluster, transactional_id=f"repeats-{repeats}", max_message_bytes=1_000_000, repeats=repeats)
+        writer.acquire()
+        assert writer._producer is not None
+        writer.begin()
+        for number, (key, value) in enumerate(sent):
+            writer.produce(tally.topic(OUT), value, key)
+            if number == 200:
+                writer._producer.purge()  # as if their time were up: the transaction can no longer be committed
+        if repeats:
+            writer.commit()
+        else:
+            with pytest.raises(AbortedError):
+                writer.commit()
+            assert tally.count(OUT) == 0
+    assert sorted((message.key(), message.value()) for message in tally.read(OUT)) == sorted(sent)
+    writer.begin()
+    writer.produce(tally.topic(OUT), b"next:1", b"user-1")
+    writer.commit()
+    assert [text(message) for message in tally.read(OUT)].count(b"next:1") == 1
+    assert tally.count(OUT) == len(sent) + 1
 
 
 def test_an_urgent_record_overtakes_a_backlog(tally: System) -> None:

@@ -55,6 +55,7 @@ from streams.shard import DRAIN_SECONDS, Lane, RecordSource, Shard, Tools
 from streams.topology import Step
 from streams.transport.cluster import leave
 from streams.transport.records import Record
+from streams.transport.writer import RepeatingWriter
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ _NOT_ASKED = "look_up"
 class SendingShard(Shard):
     """Turns deliveries into calls to providers."""
 
-    repeats = True  # calls that ended cannot be decided again
+    writer_class = RepeatingWriter  # calls that ended cannot be decided again
 
     def __init__(self, tools: Tools, step: Step, partition: int, lanes: list[Lane], *, providers: Providers) -> None:
         super().__init__(tools, step, partition, lanes)

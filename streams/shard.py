@@ -262,7 +262,7 @@ class Lane:
 class Shard:
     """A step's share of one partition number. Subclasses say what becomes of a batch."""
 
-    repeats = False  # what was aborted is written again as it was; else it is undone, and decided again
+    writer_class: type[Writer] = Writer
 
     def __init__(self, tools: Tools, step: Step, partition: int, lanes: list[Lane]) -> None:
         self.tools = tools
@@ -273,11 +273,10 @@ class Shard:
         self.changelogs = {table: tools.names.physical[topic] for table, topic in step.changelogs().items()}
         self._prefixes = dict.fromkeys(self.tables, b"") | {table: shared_key(table, b"") for table in step.own_tables()}
         self._routes = {topic: tools.names.route(topic, step, partition) for topic in step.writes}
-        self.writer = Writer(
+        self.writer = self.writer_class(
             tools.cluster,
             transactional_id=f"notify-{tools.names.physical[step.changelog]}-{partition}",
             max_message_bytes=DEAD_MAX_BYTES,
-            repeats=self.repeats,
         )
         # shared by the step's shards
         self.room = tools.rooms.setdefault(step.name, Room(step.reads.index(topic) for topic in step.urgent))

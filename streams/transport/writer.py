@@ -10,7 +10,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 
@@ -50,18 +51,11 @@ class AbortedError(Exception):
         self.too_large = too_large
 
 
-_Produced = tuple[str, bytes | None, bytes | None, int, Headers | None, int]
-
-
 class Writer:
-    """One transactional producer. Not thread-safe: one call at a time.
+    """One transactional producer. Not thread-safe: one call at a time."""
 
-    `repeats`: a transaction that the broker aborted is made again from what was produced, for those who cannot decide again.
-    """
-
-    def __init__(self, cluster: Cluster, *, transactional_id: str, max_message_bytes: int, repeats: bool = False) -> None:
+    def __init__(self, cluster: Cluster, *, transactional_id: str, max_message_bytes: int) -> None:
         self.transactional_id = transactional_id
-        self._kept: list[_Produced] | None = [] if repeats else None
         self._too_large = False
         self._wrong_clock = False
         self._config = cluster.config(
@@ -128,43 +122,7 @@ class Writer:
         timestamp_ms: int = 0,
     ) -> None:
         """Add a record to the open transaction. Partition -1: by the key; timestamp 0: now. Raises FencedError, AbortedError."""
-        record = (topic, value, key, partition, headers, timestamp_ms)
-        if self._kept is None:
-            self._produce(record)
-            return
-        self._kept.append(record)
-        if self.is_open:  # else it was aborted since it began: `commit` makes all of it again
-            try:
-                self._produce(record)
-            except AbortedError as error:
-                if error.too_large:
-                    raise
-
-    def commit(self) -> None:
-        """Commit the open transaction. Blocks. Raises AbortedError (aborted already) or FencedError."""
-        if self._kept is None:
-            self._commit()
-            return
-        try:
-            for repeat in itertools.count():
-                try:
-                    if not self.is_open:
-                        self.begin()
-                        for record in self._kept:
-                            self._produce(record)
-                    self._commit()
-                except AbortedError as error:
-                    if error.too_large or repeat == _MOST_REPEATS:
-                        raise
-                    log.warning("transaction.repeated id=%s records=%d error=%s", self.transactional_id, len(self._kept), error)
-                else:
-                    return
-        finally:
-            self._kept.clear()
-
-    def _produce(self, record: _Produced) -> None:
         producer = self._live()
-        topic, value, key, partition, headers, timestamp_ms = record
         while True:
             try:
                 if headers is None:
@@ -178,7 +136,8 @@ class Writer:
             else:
                 return
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
+        """Commit the open transaction. Blocks. Raises AbortedError (aborted already) or FencedError."""
         producer = self._live()
         deadline = time.monotonic() + 2 * _CALL_SECONDS
         while True:
@@ -238,3 +197,50 @@ class Writer:
             self._wrong_clock = True
         if error is not None and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             self._too_large = True
+
+
+class RepeatingWriter(Writer):
+    """A writer for those who cannot decide again: a transaction that was aborted is made again from what was produced."""
+
+    def __init__(self, cluster: Cluster, *, transactional_id: str, max_message_bytes: int) -> None:
+        super().__init__(cluster, transactional_id=transactional_id, max_message_bytes=max_message_bytes)
+        self._produced: list[Callable[[], None]] = []
+
+    def produce(  # noqa: PLR0913 - what a record is made of
+        self,
+        topic: str,
+        value: bytes | None,
+        key: bytes | None,
+        partition: int = -1,
+        headers: Headers | None = None,
+        *,
+        timestamp_ms: int = 0,
+    ) -> None:
+        """As Writer.produce. Raises AbortedError only for what is too large."""
+        produce = partial(super().produce, topic, value, key, partition, headers, timestamp_ms=timestamp_ms)
+        self._produced.append(produce)
+        if self.is_open:  # else it was aborted since it began: `commit` makes all of it again
+            try:
+                produce()
+            except AbortedError as error:
+                if error.too_large:
+                    raise
+
+    def commit(self) -> None:
+        """As Writer.commit, with up to _MOST_REPEATS repetitions."""
+        try:
+            for repeat in itertools.count():
+                try:
+                    if not self.is_open:
+                        self.begin()
+                        for produce in self._produced:
+                            produce()
+                    super().commit()
+                except AbortedError as error:
+                    if error.too_large or repeat == _MOST_REPEATS:
+                        raise
+                    log.warning("transaction.repeated id=%s records=%d error=%s", self.transactional_id, len(self._produced), error)
+                else:
+                    return
+        finally:
+            self._produced.clear()

@@ -16,7 +16,7 @@ from confluent_kafka import Producer
 from streams.embedded.stack import Stack
 from streams.transport.admin import _offset_bounds, offset_bounds, open_ends
 from streams.transport.records import Record
-from streams.transport.writer import AbortedError, Writer
+from streams.transport.writer import AbortedError, RepeatingWriter, Writer
 from tests.harness import System, system, wait_for
 from tests.tally_app import OUT, STEP, TOPICS
 
@@ -218,11 +218,11 @@ def test_no_question_for_offsets_stays_without_an_answer(tally: System) -> None:
     assert all(answer == dict.fromkeys(places, (0, 0)) for answer in answers)
 
 
-def test_a_writer_that_repeats_makes_an_aborted_transaction_again_and_nothing_twice(tally: System) -> None:
+def test_a_repeating_writer_makes_an_aborted_transaction_again_and_nothing_twice(tally: System) -> None:
     """What a provider answered cannot be decided again: without a repetition the sender had to leave, with its calls open."""
     sent = [(key, value + b":1") for key, value in numbered(300)]
-    for repeats in (False, True):
-        writer = Writer(tally.cluster, transactional_id=f"repeats-{repeats}", max_message_bytes=1_000_000, repeats=repeats)
+    for kind in (Writer, RepeatingWriter):
+        writer = kind(tally.cluster, transactional_id=kind.__name__, max_message_bytes=1_000_000)
         writer.acquire()
         assert writer._producer is not None
         writer.begin()
@@ -230,7 +230,7 @@ def test_a_writer_that_repeats_makes_an_aborted_transaction_again_and_nothing_tw
             writer.produce(tally.topic(OUT), value, key)
             if number == 200:
                 writer._producer.purge()  # as if their time were up: the transaction can no longer be committed
-        if repeats:
+        if kind is RepeatingWriter:
             writer.commit()
         else:
             with pytest.raises(AbortedError):

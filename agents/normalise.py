@@ -19,6 +19,7 @@ from hashlib import blake2b
 from uuid import UUID
 
 from schemas.errors import InvalidEventError, UnroutableError
+from schemas.ids import digest
 
 MAX_ID_CHARACTERS = 200
 MAX_TEXT_CHARACTERS = 1_000
@@ -138,11 +139,15 @@ class _Sign(StrEnum):
     ABSOLUTE = "absolute"  # the quantity itself
 
 
-_SIGNS = {
-    **dict.fromkeys(("increase", "add", "addition", "in", "inbound", "receipt", "restock", "return", "positive"), _Sign.UP),
-    **dict.fromkeys(("decrease", "remove", "removal", "subtract", "out", "outbound", "sale", "damage", "loss", "negative"), _Sign.DOWN),
-    **dict.fromkeys(("set", "absolute", "count", "stocktake"), _Sign.ABSOLUTE),
+# in lower case, without what stands between words; an amount with any other word goes by its own sign
+_WORDS_OF = {
+    _Sign.UP: "increase add addition in inbound positive stockin receipt received restock replenish replenishment return returned found",
+    _Sign.DOWN: "decrease remove removal subtract out outbound negative stockout sale sold shipment shipped damage damaged loss lost theft "
+    "stolen expired writeoff shrinkage",
+    _Sign.ABSOLUTE: "set absolute count cyclecount stocktake",
 }
+_SIGNS = {word: sign for sign, words in _WORDS_OF.items() for word in words.split()}
+_BETWEEN_WORDS = re.compile(r"[\s_-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,19 +176,23 @@ class InventoryEvent:
 def inventory(record: Mapping[str, object], *, raw: bytes, at: datetime) -> InventoryEvent:
     """Return the adjustment of stock in `record`, whose bytes were `raw` and whose Kafka timestamp is `at` (aware).
 
-    The identity of the event is its eventId; else its adjustmentId; else a hash of `raw`; never the offset.
+    The identity of the event is its eventId; else its adjustmentId, which the lines of one document may share, with product
+    and warehouse; else a hash of `raw`; never the offset.
     Raises InvalidEventError when a field is absurd, or neither product nor sku, or no quantity is named.
     """
     fields = _fields_of_event(record)
     product_id, sku = fields.id("productId"), fields.id("sku")
     if product_id is None and sku is None:
         raise InvalidEventError("productId", "is missing, and so is sku")
+    warehouse_id = fields.id("warehouseId", "warehouse", "locationId") or ""
     event_id, adjustment_id = fields.id("eventId"), fields.id("adjustmentId")
-    if event_id is None:
-        event_id = f"adjustment:{adjustment_id}" if adjustment_id else blake2b(raw, digest_size=16).hexdigest()
+    if event_id is None and adjustment_id is not None:
+        event_id = f"adjustment:{adjustment_id}:{digest(warehouse_id, product_id or sku or '', size=8)}"
+    elif event_id is None:
+        event_id = blake2b(raw, digest_size=16).hexdigest()
     quantity, previous = fields.whole("newQuantity", "currentQuantity"), fields.whole("previousQuantity")
     adjustment = fields.whole("adjustedQuantity", "quantityChange", "adjustment")
-    sign = _SIGNS.get((fields.text("adjustmentType", "type") or "").strip().lower())
+    sign = _SIGNS.get(_BETWEEN_WORDS.sub("", (fields.text("adjustmentType", "type") or "").lower()))
     if quantity is None and sign is _Sign.ABSOLUTE:
         quantity, adjustment = adjustment, None
     if quantity is None and adjustment is None:
@@ -195,7 +204,7 @@ def inventory(record: Mapping[str, object], *, raw: bytes, at: datetime) -> Inve
         product_id=product_id,
         sku=sku,
         product_name=fields.text("productName"),
-        warehouse_id=fields.id("warehouseId", "warehouse", "locationId") or "",
+        warehouse_id=warehouse_id,
         quantity=quantity,
         previous_quantity=previous,
         adjustment=_signed(adjustment, sign, quantity=quantity, previous=previous),
@@ -227,12 +236,12 @@ class _Fields:
     def __init__(self, *records: tuple[str, Mapping[str, object]]) -> None:
         self._levels = [(prefix, _by_plain_name(record)) for prefix, record in records]
 
-    def find(self, *names: str) -> tuple[str, object]:
-        """Return path and value of the first of `names` that is there and not null; of the first name and None if none is."""
+    def find(self, *names: str, unless: object = None) -> tuple[str, object]:
+        """Return path and value of the first of `names` that is there, not null and not `unless`; else the first name and None."""
         for prefix, level in self._levels:
             for name in names:
                 found = level.get(name.lower())
-                if found is not None:
+                if found is not None and found[1] != unless:
                     return prefix + found[0], found[1]
         return self._levels[0][0] + names[0], None
 
@@ -249,7 +258,11 @@ class _Fields:
                 raise InvalidEventError(path, "is no number but bool")
             case int():
                 number = value
-            case float() | Decimal() if value == value // 1:
+            case float() if value.is_integer():
+                number = int(value)
+            case Decimal() if value.is_finite() and value.copy_abs() > MAX_QUANTITY:
+                raise InvalidEventError(path, f"is beyond {MAX_QUANTITY}")  # an integer of it may take all memory
+            case Decimal() if value.is_finite() and value == int(value):
                 number = int(value)
             case str() if re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
                 number = int(value)
@@ -262,7 +275,8 @@ class _Fields:
         return number
 
     def id(self, *names: str) -> str | None:
-        path, value = self.find(*names)
+        # empty: its producer's schema does not allow null
+        path, value = self.find(*names, unless="")
         if isinstance(value, UUID) or (isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 64):
             value = str(value)
         if value is None:

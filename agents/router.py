@@ -27,7 +27,7 @@ from channels.devices import parse_device
 from channels.sms import route_of as country_of
 from schemas import topics
 from schemas.codec import Codec, pack, unpack
-from schemas.errors import InvalidEventError, UnknownRuleError, UnsealableError, VersionConflictError
+from schemas.errors import InvalidEventError, TemplateError, UnknownRuleError, UnsealableError, VersionConflictError
 from schemas.ids import NotificationId, delivery_id, digest, notification_id, partition_of
 from schemas.messages import (
     Broadcast,
@@ -69,6 +69,7 @@ _NOTHING_MATCHED = Rule(
     max_age_seconds=0,
 )
 MAX_USER_ID_CHARACTERS = 200
+_UNDEFINED = re.compile(r"'(\w+)' is undefined")
 _SEEN = struct.Struct(">8sq")  # digest of the content, Kafka timestamp in ms
 _SUBJECT = struct.Struct(">q")  # Kafka timestamp in ms
 # so many rows past their time go with each decision: more than one comes, so that tables shrink
@@ -88,6 +89,27 @@ class Renderer(Protocol):
 
     def version(self, template: str) -> str:
         """Return the version that a decision pins."""
+
+
+def missing_data(rule: Rule, data: Mapping[str, str], templates: Renderer) -> list[str]:
+    """Return, in order, the placeholders of the rule's templates that `data` lacks, by rendering them as the router will.
+
+    Raises TemplateError when they cannot be rendered for another reason.
+    """
+    missing: list[str] = []
+    # the in-app parts are needed whatever the channels: they are the notification's title and message
+    for channel in dict.fromkeys((Channel.IN_APP, *rule.channels)):
+        while True:
+            try:
+                templates.render(rule.template, channel, {**data, **dict.fromkeys(missing, "")})
+            except TemplateError as error:
+                found = _UNDEFINED.search(str(error))
+                if found is None or found[1] in missing:
+                    raise
+                missing.append(found[1])
+            else:
+                break
+    return sorted(missing)
 
 
 class Orders(Protocol):

@@ -1,14 +1,18 @@
 """How many there are of each product in each warehouse, and who hears of it when that changes.
 
-An event seen before, or older than the newest one, changes nothing. Three transitions are news: *out of stock* (told to
-other services and to the warehouse's staff), *low* (its staff) and *back in stock* (whoever watches the product). Each
-event leaves a decision record: of the pretended user `stock:<product>`, since it is about nobody.
+An event seen before, or older than the newest one, changes nothing. One that does not say when it happened, or says that it
+will, happened when it was published: published again it looks new, and so its id is remembered. Three transitions are
+news: *out of stock* (told to other services and to the warehouse's staff), *low* (its staff) and *back in stock* (whoever
+watches the product). Each event leaves a decision record: of the pretended user `stock:<product>`, since it is about nobody.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from struct import Struct
 from typing import Self
 
 import orjson
@@ -22,9 +26,13 @@ from schemas.ids import digest, notification_id, partition_of
 from schemas.messages import Broadcast, DecisionRecord, OutOfStock, Product, StockLevel
 from schemas.topics import Lane
 
-LEVELS, PRODUCTS = "levels", "products"
-# ids of the newest events of a level: an event without a time of its own, told again, is not older than them
+LEVELS, PRODUCTS, SEEN = "levels", "products", "seen"
+# ids of the newest events of a level: some may be of one moment, and then none is older than the other
 _IDS_KEPT = 32
+# a clock may be ahead by so much. A time further away would keep out all that really happens until then
+_AHEAD = timedelta(minutes=5)
+_SEEN = Struct(">q")  # row of `seen`: when, in milliseconds since 1970
+_PRUNE_ROWS = 2
 _OUT, _LOW, _BACK = RULES["out_of_stock"], RULES["low_stock"], RULES["back_in_stock"]
 
 
@@ -64,12 +72,16 @@ class Level:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stock:
-    """The decisions of the role `stock`. `partitions` of its own topics, `user_partitions` of the users'."""
+    """The decisions of the role `stock`. `partitions` of its own topics, `user_partitions` of the users'.
+
+    `seen_seconds`: so long an event without a time is remembered.
+    """
 
     codec: Codec
     default_threshold: int
     partitions: int
     user_partitions: int
+    seen_seconds: int
 
     def decide_product(self, product: Product | None, source: Source, state: State) -> Effects:
         """Remember what is to be known of a product; None, a tombstone, forgets it. Raises InvalidEventError."""
@@ -90,8 +102,10 @@ class Stock:
         place = f"{key}\0{event.warehouse_id}".encode()
         row = state[LEVELS].get(place)
         known = None if row is None else Level.of(row)
-        at_ms = round(event.occurred_at.timestamp() * 1000)
-        if known is not None and event.event_id in known.event_ids:
+        is_dated = event.occurred_at != event.accepted_at and event.occurred_at <= event.accepted_at + _AHEAD
+        at_ms = round((event.occurred_at if is_dated else event.accepted_at).timestamp() * 1000)
+        mark = bytes.fromhex(digest(key, event.warehouse_id, event.event_id, size=16))
+        if mark in state[SEEN] or (known is not None and event.event_id in known.event_ids):
             return self._nothing(event, source, key, outcome="duplicate_of", reason=self._identity(event, key, NO_RULE))
         if known is not None and at_ms < known.at_ms:
             return self._nothing(event, source, key, outcome="skipped", reason="superseded")
@@ -101,6 +115,8 @@ class Stock:
             return self._nothing(event, source, key, outcome="no_rule_matched", reason="the level before is not known")
         ids = (*(known.event_ids if known else ()), event.event_id)[-_IDS_KEPT:]
         rows = [Row(LEVELS, place, Level(quantity, at_ms, ids).row())]
+        if not is_dated:
+            rows += [Row(SEEN, mark, _SEEN.pack(at_ms)), *self._expired(state, at_ms)]
         product = self._product(state, key)
         threshold = self.default_threshold
         if product is not None and product.low_stock_threshold is not None:
@@ -119,6 +135,11 @@ class Stock:
         record = self._record(event, source, key, rule=rule, outcome="broadcast", reason=audience)
         outputs.append(Output(topics.DECISIONS, record.user_id.encode(), record))
         return Effects(outputs, rows, [f"decision:{rule.name}"])
+
+    def _expired(self, state: State, now_ms: int) -> Iterator[Row]:
+        for mark, value in islice(state[SEEN].items(), _PRUNE_ROWS):
+            if now_ms - _SEEN.unpack(value)[0] > self.seen_seconds * 1000:
+                yield Row(SEEN, mark, None)
 
     def _product(self, state: State, key: str) -> Product | None:
         row = state[PRODUCTS].get(key.encode())

@@ -14,7 +14,7 @@ from agents import normalise
 from agents.normalise import PaymentEvent, PaymentStatus
 from agents.ports import BY_KEY, Effects, Output, Source, State, origin_of
 from schemas import topics
-from schemas.errors import UnroutableError
+from schemas.errors import InvalidEventError, UnroutableError
 from schemas.messages import NotificationRequested, StockLevel, UserAction
 from schemas.topics import Channel, Lane
 
@@ -247,9 +247,11 @@ def ingest_inventory(record: Mapping[str, object], source: Source, raw: bytes) -
 def ingest_action(action: UserAction, source: Source, state: State) -> Effects:
     """Return the request to tell the user of his action; for an action without a rule, one that is decided as such.
 
-    Raises UnroutableError when it names no user.
+    Raises UnroutableError when it names no user, InvalidEventError when it has no id: two such actions would be one.
     """
     del state
+    if not action.action_id:
+        raise InvalidEventError("actionId", "is empty: it is what tells one action from the next")
     if not action.user_id:
         raise UnroutableError("the action names no user: userId is empty")
     found = _RULE_OF_ACTION.get(action.action)

@@ -100,6 +100,7 @@ class Inputs:
                     default_threshold=self.settings.low_stock_threshold,
                     partitions=self.settings.inventory_partitions,
                     user_partitions=self.settings.partitions,
+                    seen_seconds=self.settings.dedupe_seconds,
                 )
                 products = self.own(Product, stock.decide_product)
                 return {
@@ -273,5 +274,5 @@ def _original(source: Source) -> KnownSource:
             key=source.key,
             headers=source.headers,
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OverflowError) as error:
         raise UndecodableError("a parked record without the headers that say where it came from") from error

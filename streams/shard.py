@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 TURN_SECONDS = 0.010  # the longest stretch of work on the event loop
 DRAIN_SECONDS = 20.0  # longer than any call to a provider
+_LATEST_MS = 253_402_300_799_999  # the end of the year 9999
 _MISSING: Any = object()
 PROVIDER_HEADER = "provider"
 
@@ -169,8 +170,8 @@ class RecordSource:
 
     @property
     def at(self) -> datetime:
-        """The Kafka timestamp, aware, UTC."""
-        return datetime.fromtimestamp(self._record.timestamp()[1] / 1000, UTC)
+        """The Kafka timestamp, aware, UTC; what a producer made of it that no clock can show ends at 1970 or 9999."""
+        return datetime.fromtimestamp(min(max(self._record.timestamp()[1], 0), _LATEST_MS) / 1000, UTC)
 
     @property
     def key(self) -> bytes | None:

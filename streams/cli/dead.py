@@ -152,7 +152,7 @@ def _print(letter: DeadLetter, decoded: Mapping[str, object] | None, problem: st
     table.add_row("set aside", console.show_time(letter.at))
     table.add_row("key", console.cell("none" if letter.key is None else letter.key.decode(errors="backslashreplace")))
     for name, value in letter.headers.items():
-        is_moment = name == "timestamp" and value.isascii() and value.isdigit()
+        is_moment = name == "timestamp" and value.isascii() and value.isdigit() and len(value) < 15  # anybody may write such a header
         shown = console.show_time(datetime.fromtimestamp(int(value) / 1000, UTC)) if is_moment else value
         table.add_row(console.safe(name), console.cell(shown, "red" if name == "error" else ""))
     out.print(table)

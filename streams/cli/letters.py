@@ -75,7 +75,7 @@ class DeadLetter:
     def generation(self) -> int:
         """How often it was put back before: 0 for what died at the first reading."""
         text = self.headers.get("generation", "0")
-        return int(text) if text.isascii() and text.isdigit() else 0
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 7 else 0  # else nobody of ours wrote it
 
     def to_json(self) -> dict[str, object]:
         """Return what `--json` prints: the headers, not the bytes."""

@@ -15,7 +15,7 @@ from rich.rule import Rule as Line
 from rich.text import Text
 
 from agents.ports import KnownSource
-from agents.stock import LEVELS, PRODUCTS, Stock
+from agents.stock import LEVELS, PRODUCTS, SEEN, Stock
 from agents.triggers import RULES, Rule, ingest_action, ingest_inventory, ingest_payment
 from schemas import topics
 from schemas.codec import Codec
@@ -118,19 +118,19 @@ def _told() -> Iterator[tuple[str, Mapping[str, str]]]:
         yield from ((each.value.rule, each.value.data) for each in outputs if isinstance(each.value, NotificationRequested))
     for sample in samples("actions"):
         moment = datetime.fromisoformat(str(sample["occurredAt"]))
-        action = UserAction(action_id="", user_id=sample["userId"], action=sample["action"], data=sample["data"], occurred_at=moment)
+        action = UserAction(action_id="sample", user_id=sample["userId"], action=sample["action"], data=sample["data"], occurred_at=moment)
         outputs = ingest_action(action, source, {}).outputs
         yield from ((each.value.rule, each.value.data) for each in outputs if isinstance(each.value, NotificationRequested))
     yield from _told_of_stock(source)
 
 
 def _told_of_stock(source: KnownSource) -> Iterator[tuple[str, Mapping[str, str]]]:
-    stock = Stock(codec=Codec({}, {}), default_threshold=20, partitions=1, user_partitions=1)
+    stock = Stock(codec=Codec({}, {}), default_threshold=20, partitions=1, user_partitions=1, seen_seconds=0)
     levels: dict[bytes, bytes] = {}
     for sample in samples("inventory"):
         for adjusted in ingest_inventory(sample, source, b"").outputs:
             assert isinstance(adjusted.value, StockLevel)
-            effects = stock.decide_level(adjusted.value, source, {LEVELS: levels, PRODUCTS: {}})
+            effects = stock.decide_level(adjusted.value, source, {LEVELS: levels, PRODUCTS: {}, SEEN: {}})
             levels.update({row.key: row.value for row in effects.rows if row.value is not None})
             yield from ((each.value.rule, each.value.data) for each in effects.outputs if isinstance(each.value, Broadcast))
 

@@ -6,6 +6,7 @@ Whoever begins fences everybody before him and then reads the marks: what is mar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -138,7 +139,8 @@ class Planner:
         if origin.topic in NEIGHBOURS:
             return self._parked(letter, origin, generation)
         if origin.topic in AGAIN:
-            return self._target(origin.topic, letter, generation, partition=origin.partition)
+            # a broadcast is a record for each partition of the users: its owner alone knows who of them is in the audience
+            return self._target(origin.topic, letter, generation, partition=origin.partition, by_key=origin.topic != topics.BROADCAST)
         kind, _, _ = origin.topic.partition(".")
         try:
             if kind == "requests":
@@ -256,6 +258,8 @@ class Redriver:
         )
 
 
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_LATEST_MS = 253_402_300_799_999  # the end of the year 9999, which is Python's last
 _RUN_AGAIN = "What was put back is remembered: run the command again for the rest, and nothing is put back twice."
 _VERSION_CONFLICT = VersionConflictError().reason
 _REASONS: Mapping[str, str] = {
@@ -267,6 +271,7 @@ _REASONS: Mapping[str, str] = {
 def _origin(letter: DeadLetter) -> Origin | None:
     """Return where a dead letter was read; None when its headers do not say."""
     topic, *numbers = (letter.headers.get(name, "") for name in PLACE_HEADERS)
-    if not topic or not all(number.isascii() and number.isdigit() for number in numbers):
+    # anybody may write to some topics, and so such headers: in a sound one no number has more digits, and no year is later
+    if not topic or not all(_NUMBER.fullmatch(number) for number in numbers) or int(numbers[2]) > _LATEST_MS:
         return None
     return Origin(topic=topic, partition=int(numbers[0]), offset=int(numbers[1]))

@@ -11,9 +11,11 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from agents.router import MAX_USER_ID_CHARACTERS, missing_data
 from agents.triggers import RULES, Rule
 from schemas import topics
 from schemas.codec import pack
+from schemas.errors import TemplateError
 from schemas.ids import NotificationId, digest, notification_id
 from schemas.messages import NotificationRequested, RequestData
 from schemas.sealed import seal
@@ -24,6 +26,7 @@ from streams.cli.kafka import Publisher, partition_count
 from streams.cli.keys import ensure_keys
 from streams.cli.wire import Wire
 from streams.topics import physical, specs
+from templates.render import Templates
 
 PRODUCER = "cli"
 
@@ -77,10 +80,16 @@ def send(  # noqa: PLR0913 - one parameter an option
 def build_request(
     *, user_id: str, rule: str, data: dict[str, str], key: str | None, now: datetime
 ) -> tuple[NotificationRequested, NotificationId]:
-    """Return the request and the id of the notification that it becomes. Raises CliError for a rule that does not exist."""
-    known_rule(rule)
-    if not user_id.strip():
-        raise CliError("--user is empty: say who is to be told.")
+    """Return the request and the id of the notification that it becomes. Raises CliError for a rule that does not exist, or lacks data."""
+    known = known_rule(rule)
+    if not user_id.strip() or len(user_id) > MAX_USER_ID_CHARACTERS:
+        raise CliError(f"--user is empty or longer than {MAX_USER_ID_CHARACTERS} characters: say who is to be told.")
+    try:
+        missing = missing_data(known, data, Templates())
+    except TemplateError as error:
+        raise CliError(f"The data do not fit the template: {error}") from error
+    if missing:
+        raise CliError(f"The templates of {rule} need more: add {' '.join(f'--data {name}=…' for name in missing)}.")
     # without a key every call is an event of its own: the moment is part of its identity
     event_id = key or digest(
         PRODUCER, rule, user_id, now.isoformat(), *(f"{name}={value}" for name, value in sorted(data.items())), size=12

@@ -117,21 +117,31 @@ class Queries:
         """Return `limit` notifications of a user from the `offset`th after `before`, newest first: GetUserNotifications.
 
         A page comes wholly from the tables or wholly from PostgreSQL; both have one order: moment, then id, descending.
-        Where the tables are not whole and PostgreSQL does not answer, it is what they have. Raises ElsewhereError, and
-        BeyondTablesError when that is nothing.
+        One that begins in the tables' whole part and ends beyond it comes from PostgreSQL if that knows all of this part
+        too; else it ends with it, and the next page goes on. Where the tables are not whole and PostgreSQL does not
+        answer, it is what they have. Raises ElsewhereError, and BeyondTablesError when that is nothing.
         """
         partition = partition_of(user_id.encode(), self.partitions)
         inbox = Inbox.decode(self._shard(INBOX, partition).get(user_id.encode()))
         rows = self._shard(NOTIFICATIONS, partition)
         listed = [Cursor(*each) for each in inbox.listed() if before is None or each < before]
         edge = inbox.whole_after
-        # beyond the edge the table misses some, and PostgreSQL has all
-        page = _shown(rows, [each for each in listed if edge is None or each > edge], show, offset, limit + 1)
+        # beyond the edge the table misses some
+        whole = [each for each in listed if edge is None or each > edge]
+        page = _shown(rows, whole, show, offset, limit + 1)
         has_more = len(page) > limit or (edge is not None and self.history is not None)
         if edge is not None and len(page) < limit:
             try:
-                page = await self._older(user_id, show=show, limit=limit + 1, offset=offset, before=before)
-                has_more = len(page) > limit
+                if page:
+                    older = await self._older(user_id, show=show, limit=limit + 1, offset=offset, before=before)
+                    # while the store catches up it lacks what is newest, and who read what
+                    if _states(older[: len(page)]) == _states(page):
+                        page, has_more = older, len(older) > limit
+                else:
+                    passed = len(_shown(rows, whole, show, 0, len(whole)))
+                    start = whole[-1] if whole else before
+                    page = await self._older(user_id, show=show, limit=limit + 1, offset=offset - passed, before=start)
+                    has_more = len(page) > limit
             except BeyondTablesError:
                 page = _shown(rows, listed, show, offset, limit)
                 if not page and (offset or before is not None):
@@ -205,6 +215,10 @@ class Queries:
         if rows is None:
             raise ElsewhereError(partition)
         return rows
+
+
+def _states(page: list[Found]) -> list[tuple[str, bool]]:
+    return [(each.notification_id, each.row.engaged.is_read) for each in page]
 
 
 def _shown(rows: Mapping[bytes, bytes], places: Iterable[Cursor], show: Show, offset: int, limit: int) -> list[Found]:

@@ -23,7 +23,7 @@ import orjson
 from aiohttp import web
 
 from agents.inbox import NOTIFICATIONS
-from agents.router import Renderer
+from agents.router import Renderer, missing_data
 from agents.stock import product_audience
 from agents.triggers import RULES, Rule
 from schemas import topics
@@ -32,7 +32,6 @@ from schemas.errors import NotifyError, TemplateError
 from schemas.ids import digest, notification_id, partition_of
 from schemas.messages import Command, Message, NotificationRequested, RequestData
 from schemas.sealed import seal
-from schemas.topics import Channel
 from streams.tokens import Caller
 from streams.views.pages import (
     KEY_TIMEOUT_SECONDS,
@@ -56,6 +55,7 @@ MAX_BODY_BYTES = 64 * 1024
 MAX_KEY_CHARACTERS = 200
 MAX_NAME_CHARACTERS = 100
 MAX_PRODUCT_ID_CHARACTERS = 200
+_FIRST_YEAR, _LAST_YEAR = 2000, 2199
 MAX_SUBJECTS = 10_000  # whose rate is remembered; whoever has been silent longest is forgotten first
 # so long a new user's key may take; the router makes it in milliseconds
 NEW_KEY_SECONDS = 3.0
@@ -66,7 +66,6 @@ METADATA = ("orderId", "shippingProvider")
 _FIELDS = ("userId", "rule", "data", "metadata", "idempotencyKey", "occurredAt")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
-_UNDEFINED = re.compile(r"'(\w+)' is undefined")
 
 
 @dataclass(slots=True)
@@ -258,28 +257,18 @@ def _moment(given: Mapping[str, Any]) -> datetime | None:
         moment = datetime.fromisoformat(text)
     except ValueError:
         moment = None
-    if moment is None or moment.tzinfo is None:
-        raise invalid_field("occurredAt", "is no time such as 2026-01-15T09:30:00Z")
+    if moment is None or moment.tzinfo is None or not _FIRST_YEAR <= moment.year <= _LAST_YEAR:
+        raise invalid_field("occurredAt", f"is no time such as 2026-01-15T09:30:00Z, of the years {_FIRST_YEAR} to {_LAST_YEAR}")
     return moment
 
 
 def _require_complete(rule: Rule, data: Mapping[str, str], templates: Renderer) -> None:
-    """Render the rule's templates with `data`, as the router will. Raises ProblemError that names what is missing."""
-    missing: list[str] = []
-    # the in-app parts are needed whatever the channels: they are the notification's title and message
-    for channel in dict.fromkeys((Channel.IN_APP, *rule.channels)):
-        while True:
-            try:
-                templates.render(rule.template, channel, {**data, **dict.fromkeys(missing, "")})
-            except TemplateError as error:
-                found = _UNDEFINED.search(str(error))
-                if found is None or found[1] in missing:
-                    raise invalid_field("data", f"does not fit the template: {error}") from None
-                missing.append(found[1])
-            else:
-                break
+    """Raise ProblemError that names what the rule's templates need and `data` lacks."""
+    try:
+        missing = missing_data(rule, data, templates)
+    except TemplateError as error:
+        raise invalid_field("data", f"does not fit the template: {error}") from None
     if missing:
-        missing.sort()
         names = ", ".join(f"data.{name}" for name in missing)
         raise invalid_field(f"data.{missing[0]}", f"is missing; the template of {rule.name} needs {names}", missing=missing)
 

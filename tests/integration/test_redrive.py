@@ -163,8 +163,16 @@ def test_each_kind_goes_to_its_place_with_the_next_generation(idle: System) -> N
     commands = [(user.encode(), encode(idle, topics.COMMANDS, _command(user))) for user in users]
     bury(idle, commands, topic=topics.COMMANDS, role=role)
     bury(idle, [(b"another-key", encode(idle, lane, request("place-0", "place")))], topic=lane, role=role)
-    results = redrive(idle, "--role", role)
-    assert Counter((r["outcome"], r["to"], r["generation"]) for r in results) == {
+    # one for each partition of the users: it goes back to the partition that it was read from
+    broadcasts = [(b"same-id", b"of partition %d" % partition) for partition in range(PARTITIONS)]
+    bury(idle, broadcasts, topic=topics.BROADCAST, role=role)
+    # anybody may write such headers to a topic, and they become a dead letter's
+    bury(idle, [(b"k", b"forged")], topic=lane, role=role, more={"timestamp": "9" * 18, "generation": "9" * 5_000})
+    results = redrive(idle, "--role", role, expect=1)
+    refused = [each for each in results if each["outcome"] == "refused"]
+    assert [each["reason"] for each in refused] == ["its headers do not say where and when it was read"]
+    assert Counter((r["outcome"], r["to"], r["generation"]) for r in results if r not in refused) == {
+        ("redriven", "broadcast", 1): PARTITIONS,
         ("redriven", "parked", 4): 2,
         ("redriven", "parked", 1): 1,
         ("redriven", "commands", 1): 8,
@@ -178,6 +186,9 @@ def test_each_kind_goes_to_its_place_with_the_next_generation(idle: System) -> N
         "timestamp": str(round(NOW.timestamp() * 1000)).encode(),
         "generation": b"4",
     }
+    assert sorted((m.partition(), m.key(), m.value()) for m in idle.read(topics.BROADCAST)) == [
+        (partition, *each) for partition, each in enumerate(broadcasts)
+    ]
     assert parked[b"stock"]["topic"] == b"inventory"
     assert idle.count(topics.PAYMENTS) == 0, "other services would see it twice"
     back = [message for message in idle.read(topics.COMMANDS) if (message.key() or b"").startswith(b"place-")]

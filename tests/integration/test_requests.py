@@ -227,6 +227,8 @@ def test_another_content_type_is_refused(running: System) -> None:
         ({"idempotencyKey": "x" * 201}, "idempotencyKey"),
         ({"occurredAt": "yesterday"}, "occurredAt"),
         ({"occurredAt": "2026-01-15T09:30:00"}, "occurredAt"),
+        ({"occurredAt": "9999-12-31T23:59:59-14:00"}, "occurredAt"),
+        ({"occurredAt": "0001-01-01T00:00:00+14:00"}, "occurredAt"),
         ({"usrId": "u"}, "usrId"),
     ],
 )

@@ -338,6 +338,7 @@ def test_250_notifications_are_paged_through_with_and_without_a_cursor(world: Sy
     _, first, following = page(world, f"{inbox}?limit=100")
     assert following is not None
     decision, changes = a_story("newer", "user-1", at=START + timedelta(days=1))
+    newer_id = decision.notification_id
     publish(world, codec, [decision, *changes])
     wait_for(lambda: ids_of(page(world, f"{inbox}?limit=1")[1]) == [decision.notification_id], seconds=SECONDS, what="the new one shown")
     assert ids_of(first) + ids_of(page(world, following)[1]) == newest_first[:200]
@@ -348,6 +349,24 @@ def test_250_notifications_are_paged_through_with_and_without_a_cursor(world: Sy
     assert world.web(f"/notifications/{oldest}", user="user-1")[1]["notificationId"] == oldest
     assert world.web(f"/notifications/{oldest}/trail", user="user-1")[1]["decision"]["outcome"] == "notified"
     assert world.web(f"/notifications/{oldest}", user="user-2")[0] == 404
+
+    # while the store is away: the newest are shown all the same, and the pages after them go on in PostgreSQL
+    world.stop(world.workers["store-a"])
+    late: list[str] = []
+    for number in range(60):
+        decision, changes = a_story(f"late{number}", "user-1", at=START + timedelta(days=2, minutes=number))
+        publish(world, codec, [decision, *changes])
+        late.insert(0, decision.notification_id)
+    wait_for(lambda: listed(world, "user-1")[:60] == late, seconds=SECONDS, what="the table holds the late ones")
+    newer = [*late, newer_id]
+    _, first, following = page(world, f"{inbox}?limit=200")
+    assert (ids_of(first), following is not None) == ([*newer, *newest_first][:100], True)
+    assert ids_of(page(world, str(following))[1]) == [*newer, *newest_first][100:300]
+    assert ids_of(page(world, f"{inbox}?limit=50&offset=120")[1]) == [*newer, *newest_first][120:170]
+    _, first, following = page(world, f"{inbox}?status=unread&limit=200")
+    expected_unread = [*newer, *(each for each in newest_first if each in unread)]
+    assert ids_of(first) == [each for each in expected_unread if each in listed(world, "user-1")]
+    assert ids_of(first) + ids_of(page(world, str(following))[1]) == expected_unread
 
     for wrong in ("cursor=x", "cursor=1-2", f"cursor=1-{oldest}&offset=5", "cursor=999999999999999-" + oldest):
         assert page(world, f"{inbox}?{wrong}")[0] == 400

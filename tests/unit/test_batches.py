@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pytest
 from faust.types import TP
 
 from schemas.topics import Lane as LaneName
@@ -19,7 +20,7 @@ from streams.metrics import Metrics
 from streams.roles import Role
 from streams.runner import Runner
 from streams.runs import DeadRun
-from streams.shard import Encoder, Input, Lane, Names, Tools, Turns
+from streams.shard import Encoder, Input, Lane, Names, RecordSource, Tools, Turns, dead_letter_headers
 from streams.topology import TOPOLOGY, all_topics
 from streams.transport.cluster import LEFT_EXIT_CODE, Cluster
 from streams.transport.reader import Batch, Reader
@@ -38,6 +39,22 @@ class At:
 
     def offset(self) -> int:
         return self.place
+
+
+@dataclass
+class Stamped(At):
+    """A record whose producer set its timestamp."""
+
+    milliseconds: int
+
+    def partition(self) -> int:
+        return PARTITION
+
+    def timestamp(self) -> tuple[int, int]:
+        return 1, self.milliseconds
+
+    def headers(self) -> None:
+        return None
 
 
 class Counting:
@@ -177,3 +194,12 @@ def test_a_batch_that_is_lost_on_its_way_ends_the_worker_before_the_next_one_hid
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (LEFT_EXIT_CODE, "")
     assert "batch 2 came, and batch 1 was lost on its way" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "year"), [(-1, 1970), (-(10**18), 1970), (1_767_225_600_000, 2026), (10**15, 9999), (10**18, 9999)]
+)
+def test_a_timestamp_that_no_clock_shows_ends_nothing(milliseconds: int, year: int) -> None:
+    source = RecordSource(cast("Record", Stamped(7, milliseconds)), TOPIC)
+    assert source.at.year == year
+    assert dict(dead_letter_headers(source, ValueError(), "router"))["topic"] == TOPIC.encode()

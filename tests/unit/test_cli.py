@@ -344,6 +344,15 @@ def test_a_rule_that_does_not_exist_is_answered_with_those_that_do(home: dict[st
     assert (result.exit_code, "payment_confirmed" in result.stderr) == (1, True)
 
 
+def test_what_the_templates_lack_is_asked_for_before_anything_is_published(home: dict[str, str]) -> None:
+    options = ("send", "--title", "t", "--message", "m", "--rule", "new_sign_in", "--data", "device=Firefox")
+    result = run(*options, "--user", "u", env={**home, **SYSTEM})
+    assert result.exit_code == 1
+    assert "--data location=… --data occurredAt=…" in " ".join(result.stderr.split())
+    result = run(*options, "--user", "u" * 201, env={**home, **SYSTEM})
+    assert (result.exit_code, "longer than 200" in result.stderr) == (1, True)
+
+
 # ---- preferences
 
 

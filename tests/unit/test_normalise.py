@@ -159,7 +159,7 @@ def test_a_user_by_any_of_his_names(name: str) -> None:
 
 
 def test_a_sound_payment_without_a_user_is_unroutable() -> None:
-    for record in (SMALL, a_payment(userId=None)):
+    for record in (SMALL, a_payment(userId=None), a_payment(userId="", customerId="")):
         with pytest.raises(UnroutableError):
             read(record)
 
@@ -298,11 +298,16 @@ def test_an_absurd_time_is_invalid(value: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["eventId", "paymentId", "orderId", "userId", "subscriptionId"])
-@pytest.mark.parametrize("value", ["", "  ", "x" * 201, "a\nb", "a\0b", "a\x85b", "\udfff", 1.5, True, ["u1"], {"id": "u1"}, b"u1", 10**30])
+@pytest.mark.parametrize("value", ["  ", "x" * 201, "a\nb", "a\0b", "a\x85b", "\udfff", 1.5, True, ["u1"], {"id": "u1"}, b"u1", 10**30])
 def test_an_absurd_id_is_invalid(name: str, value: object) -> None:
     with pytest.raises(InvalidEventError) as caught:
         read(a_payment(**{name: value}))
     assert caught.value.field == name
+
+
+def test_an_empty_id_is_none() -> None:
+    assert read(a_payment(userId="", customerId="u9", orderId="")).user_id == "u9"
+    assert read(a_payment(orderId="")).order_id is None
 
 
 def test_an_id_may_be_a_number_or_a_uuid_and_200_characters_long() -> None:
@@ -330,7 +335,7 @@ def _nested(**changes: object) -> dict[str, Any]:
         (lambda: _nested(paymentMethod={"brand": "visa", "last4": ["4"]}), "data.paymentMethod.last4"),
         (lambda: _nested(paymentMethod=7), "data.paymentMethod"),
         (lambda: _nested(status=None), "data.status"),
-        (lambda: ENVELOPED | {"eventId": ""}, "eventId"),
+        (lambda: ENVELOPED | {"eventId": " "}, "eventId"),
         (lambda: a_payment(payment_method=7), "payment_method"),
     ],
 )

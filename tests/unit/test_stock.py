@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from agents.normalise import InventoryEvent, inventory
 from agents.ports import Effects, KnownSource
-from agents.stock import LEVELS, PRODUCTS, Stock, pretended_user, transition
+from agents.stock import LEVELS, PRODUCTS, SEEN, Stock, pretended_user, transition
 from agents.triggers import RULES, ingest_inventory
 from schemas import topics
 from schemas.codec import Codec
@@ -25,7 +26,7 @@ from schemas.messages import Broadcast, DecisionRecord, OutOfStock, Product, Sto
 
 CONTRACT = json.loads((Path(__file__).parents[2] / "schemas/contracts/InventoryAdjusted.example.json").read_text())
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-STOCK = Stock(codec=Codec({"Product": 1}, {}), default_threshold=10, partitions=4, user_partitions=3)
+STOCK = Stock(codec=Codec({"Product": 1}, {}), default_threshold=10, partitions=4, user_partitions=3, seen_seconds=7 * 86_400)
 
 
 def read(record: Mapping[str, object], raw: bytes = b"raw") -> InventoryEvent:
@@ -36,7 +37,7 @@ class Warehouse:
     """The role `stock` with its tables: applies what it decides, as the runner does."""
 
     def __init__(self) -> None:
-        self.state: dict[str, dict[bytes, bytes]] = {LEVELS: {}, PRODUCTS: {}}
+        self.state: dict[str, dict[bytes, bytes]] = {LEVELS: {}, PRODUCTS: {}, SEEN: {}}
         self.offset = 0
 
     def _apply(self, effects: Effects) -> list[Any]:
@@ -48,11 +49,11 @@ class Warehouse:
         return [output.value for output in effects.outputs]
 
     def adjust(self, event_id: str, before: int | None, after: int, *, minutes: int = 0, **more: Any) -> list[Any]:
-        when = (AT + timedelta(minutes=minutes)).isoformat()
-        record = {"eventId": event_id, "productId": "p1", "warehouseId": "w1", "newQuantity": after, "timestamp": when, **more}
+        when = AT + timedelta(minutes=minutes)
+        record = {"eventId": event_id, "productId": "p1", "warehouseId": "w1", "newQuantity": after, "timestamp": when.isoformat(), **more}
         if before is not None:
             record["previousQuantity"] = before
-        source = KnownSource(topic=topics.INVENTORY, partition=0, offset=1, at=AT)
+        source = KnownSource(topic=topics.INVENTORY, partition=0, offset=1, at=when + timedelta(seconds=1))
         (output,) = ingest_inventory(record, source, b"").outputs
         assert isinstance(output.value, StockLevel)
         self.offset += 1
@@ -97,7 +98,18 @@ def test_a_product_may_have_a_sku_only() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "amount", "signed"),
-    [("INCREASE", 5, 5), ("increase", -5, 5), ("Decrease", 5, -5), ("DECREASE", -5, -5), ("sale", 2, -2), (None, -3, -3), ("odd", 3, 3)],
+    [
+        ("INCREASE", 5, 5),
+        ("increase", -5, 5),
+        ("Decrease", 5, -5),
+        ("DECREASE", -5, -5),
+        ("sale", 2, -2),
+        (None, -3, -3),
+        ("odd", 3, 3),
+        ("Stock Out", 2, -2),
+        ("WRITE_OFF", 1, -1),
+        ("stock-in", 4, 4),
+    ],
 )
 def test_an_adjustment_has_a_sign_whether_it_was_written_with_one(kind: str | None, amount: int, signed: int) -> None:
     assert read({"sku": "s", "adjustedQuantity": amount, "adjustmentType": kind}).adjustment == signed
@@ -123,7 +135,11 @@ def test_a_count_sets_the_level() -> None:
         ({"sku": "s", "newQuantity": float("nan")}, "newQuantity"),
         ({"sku": "s", "newQuantity": float("inf")}, "newQuantity"),
         ({"sku": "s", "newQuantity": 10**13}, "newQuantity"),
-        ({"sku": "", "newQuantity": 1}, "sku"),
+        ({"sku": " ", "newQuantity": 1}, "sku"),
+        ({"sku": "", "newQuantity": 1}, "productId"),
+        ({"sku": "s", "newQuantity": Decimal("1E+40")}, "newQuantity"),
+        ({"sku": "s", "newQuantity": Decimal("1E+999999999")}, "newQuantity"),
+        ({"sku": "s", "newQuantity": Decimal("sNaN")}, "newQuantity"),
         ({"data": {"sku": "s", "newQuantity": []}}, "data.newQuantity"),
     ],
 )
@@ -131,6 +147,19 @@ def test_what_is_absurd_is_named(record: dict[str, object], path: str) -> None:
     with pytest.raises(InvalidEventError) as caught:
         read(record)
     assert str(caught.value).startswith(path)
+
+
+def test_an_empty_text_is_none() -> None:
+    empty = {"eventId": "", "productId": "", "warehouseId": "", "orderId": "", "metadata": {"correlationId": ""}}
+    event = read({**empty, "sku": "s", "newQuantity": 1})
+    assert (event.key, event.product_id, event.warehouse_id, event.order_id, event.correlation_id) == ("s", None, "", None, None)
+
+
+def test_the_lines_of_one_adjustment_are_events_of_their_own() -> None:
+    line = {"adjustmentId": "a", "newQuantity": 1}
+    places = [{"sku": sku, "warehouseId": warehouse} for sku in "st" for warehouse in ("w1", "w2", "")]
+    assert len({read({**line, **place}).event_id for place in places}) == len(places)
+    assert read({**line, **places[0]}).event_id == read({**line, **places[0]}, raw=b"other").event_id
 
 
 # transitions
@@ -146,6 +175,38 @@ def test_running_out_is_told_once_however_often_the_event_is() -> None:
     assert {b.rule for b in of(Broadcast, first)} == {"out_of_stock"}
     assert {b.rule for b in of(Broadcast, back)} == {"back_in_stock"}
     assert [d.outcome for d in of(DecisionRecord, again)] == ["duplicate_of"]
+
+
+@pytest.mark.parametrize("timestamp", [None, (AT + timedelta(days=18_000)).isoformat()], ids=["undated", "in the future"])
+def test_what_has_no_sound_time_happened_when_it_was_published_and_counts_once(timestamp: str | None) -> None:
+    warehouse = Warehouse()
+    first = warehouse.adjust("e0", 18, 0, timestamp=timestamp)
+    for number in range(1, 40):
+        assert not of(OutOfStock, warehouse.adjust(f"e{number}", None, 200 + number, minutes=number, timestamp=timestamp))
+    again = warehouse.adjust("e0", 18, 0, minutes=50, timestamp=timestamp)
+    later = warehouse.adjust("e99", 18, 0, minutes=51)
+    assert [len(of(OutOfStock, each)) for each in (first, again, later)] == [1, 0, 1]
+    assert [d.outcome for d in of(DecisionRecord, again)] == ["duplicate_of"]
+    assert len(warehouse.state[SEEN]) == 40
+
+
+def test_an_event_without_a_time_is_forgotten_after_the_window() -> None:
+    warehouse = Warehouse()
+    for day in range(20):
+        warehouse.adjust(f"e{day}", 18, 1, minutes=day * 1440, timestamp=None)
+    assert len(warehouse.state[SEEN]) == 8
+
+
+def test_the_id_of_out_of_stock_is_of_event_warehouse_and_product() -> None:
+    ids = [
+        event.event_id
+        for event_id in ("e1", "e2")
+        for warehouse_id in ("w1", "w2")
+        for product_id in ("p1", "p2")
+        for event in of(OutOfStock, Warehouse().adjust(event_id, 3, 0, warehouseId=warehouse_id, productId=product_id))
+    ]
+    assert len(set(ids)) == len(ids) == 8
+    assert of(OutOfStock, Warehouse().adjust("e1", 5, -2))[0].event_id == ids[0]
 
 
 def test_each_partition_of_the_users_is_told() -> None:

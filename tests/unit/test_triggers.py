@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from agents.ports import BY_KEY, Effects, KnownSource, Source
 from agents.triggers import NO_RULE, RULES, ingest_action, ingest_payment
 from schemas import codec, topics
-from schemas.errors import NotifyError, UnroutableError
+from schemas.errors import InvalidEventError, NotifyError, UnroutableError
 from schemas.examples import example, samples
 from schemas.messages import NotificationRequested, Origin, UserAction
 from schemas.topics import Channel, Lane
@@ -88,6 +88,11 @@ def test_an_action_without_a_rule_becomes_a_request_that_is_decided_as_such() ->
 def test_an_action_of_nobody_cannot_be_told() -> None:
     with pytest.raises(UnroutableError):
         ingest_action(UserAction(action_id="a", user_id="", action="signed_in", occurred_at=SOURCE.at), SOURCE, {})
+
+
+def test_an_action_without_an_id_would_be_taken_for_another_one() -> None:
+    with pytest.raises(InvalidEventError, match="actionId"):
+        ingest_action(UserAction(action_id="", user_id="u", action="signed_in", occurred_at=SOURCE.at), SOURCE, {})
 
 
 # requests

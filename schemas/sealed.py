@@ -8,13 +8,16 @@ decides the same, and a nonce is never shared by two texts.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from schemas.codec import pack
 from schemas.errors import UnsealableError
+from schemas.messages import NotificationRequested, RequestData
 
 KEY_BYTES = 32
 _NONCE_BYTES = 12
@@ -49,3 +52,9 @@ def wrap(seal_key: bytes, key: bytes, *, user_id: str) -> bytes:
 def unwrap(seal_key: bytes, wrapped: bytes, *, user_id: str) -> bytes:
     """Return the user's key. Raises UnsealableError when the seal key is not the one that wrapped it."""
     return unseal(seal_key, wrapped, user_id=user_id, purpose="user-key")
+
+
+def sealed_request(key: bytes, request: NotificationRequested) -> NotificationRequested:
+    """Return `request` with its data sealed with the user's `key`: what is said to him is nobody else's business."""
+    sealed = seal(key, pack(RequestData(data=request.data)), user_id=request.user_id, purpose="request")
+    return replace(request, data={}, sealed=sealed)

@@ -61,7 +61,7 @@ from streams.health import HealthWatch
 from streams.inputs import Inputs, nothing
 from streams.metrics import Metrics
 from streams.outgoing import Providers
-from streams.outside import WRITTEN_BY_WEB
+from streams.outside import FOLLOWERS, WRITTEN_BY_WEB
 from streams.refusals import UnreachableError, ask, why_unreachable
 from streams.registry import Registry
 from streams.rights import missing, rights_of, sentence
@@ -97,11 +97,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXIT_SETTINGS = 2
-_SENDERS = frozenset(role for role in Role if role.lane is not None)
-_KEYED_ROLES = _SENDERS | {Role.SIGNALS, Role.VIEWS}
-_CONTROLLED_ROLES = _SENDERS | {Role.ROUTER, Role.SIGNALS}
-# what a role follows beside the inputs of its steps
-_FOLLOWED = {topics.KEYS: _KEYED_ROLES, topics.CONTROL: _CONTROLLED_ROLES}
 _POOL_THREADS = 64
 _START_RETRY_SECONDS = 2.0
 _START_PATIENCE_SECONDS = 30.0
@@ -241,7 +236,7 @@ class Worker(NotifyApp):
         )
         runner.committed = self._committed
         if self.keys is not None:
-            runner.on_assigned.append(self.keys.follow)
+            runner.on_assigned.append(self._follow_keys)
         if self.orders is not None:
             runner.on_assigned.append(self._follow_orders)
             self.orders.changed.append(self._tell_shards)
@@ -257,7 +252,7 @@ class Worker(NotifyApp):
         """Return the topics that this worker follows beside its inputs."""
         if self.plan.inputs is not None or (self.role is Role.SIGNALS and not self.settings.webhooks):
             return set()  # signals needs them for subscribers only
-        return {topic for topic, roles in _FOLLOWED.items() if self.role in roles}
+        return {topic for topic, roles in FOLLOWERS.items() if self.role in roles}
 
     def _check_rights(self) -> None:
         """Raise SettingsError when Kafka does not answer, or does not grant what the role needs. Blocks."""
@@ -286,6 +281,11 @@ class Worker(NotifyApp):
             except RegistryUnavailableError as error:
                 log.warning("registry.unavailable error=%s: waiting, since these schemas were never registered from here", error)
                 await asyncio.sleep(_START_RETRY_SECONDS)
+
+    async def _follow_keys(self, partitions: set[int]) -> None:
+        """Read the keys of the users of these partitions to their end; ingest's are others than the users'."""
+        assert self.keys is not None
+        await self.keys.follow(set(range(self.settings.partitions)) if self.role is Role.INGEST else partitions)
 
     async def _follow_orders(self, _partitions: set[int]) -> None:
         """Read the control topic, whose one partition is everybody's, to its end."""

@@ -38,7 +38,7 @@ from schemas.messages import (
     StockLevel,
     UserAction,
 )
-from schemas.sealed import KEY_BYTES
+from schemas.sealed import KEY_BYTES, sealed_request
 from schemas.topics import Lane as LaneName
 from streams.followers import KeyFollower
 from streams.registry import Registry
@@ -184,15 +184,18 @@ class Inputs:
                 self.registry.explain(error.schema_id)
                 raise
 
+        keys = self.keys
+        assert keys is not None
+
         def event(found: Foreign, source: Source, _state: State) -> Effects:
-            return triggers.ingest(source.topic, found.record, source, found.raw)
+            return _sealed(triggers.ingest(source.topic, found.record, source, found.raw), keys)
 
         def unparked(found: Foreign, source: Source, _state: State) -> Effects:
             original = _original(source)
-            return triggers.ingest(original.topic, found.record, original, found.raw)
+            return _sealed(triggers.ingest(original.topic, found.record, original, found.raw), keys)
 
         def action(found: UserAction, source: Source, state: State) -> Effects:
-            return triggers.ingest_action(found, _first(source), state)
+            return _sealed(triggers.ingest_action(found, _first(source), state), keys)
 
         match step.name:
             case "actions":
@@ -230,6 +233,14 @@ class Inputs:
                 raise
 
         return Input(decode=decode, decide=decide, learn=self.learn)
+
+
+def _sealed(effects: Effects, keys: KeyFollower) -> Effects:
+    """Seal what requests say of users who have a key; the router makes the others', with their first notification."""
+    for number, output in enumerate(effects.outputs):
+        if isinstance(output.value, NotificationRequested) and (key := keys.known_key(output.value.user_id)) is not None:
+            effects.outputs[number] = output._replace(value=sealed_request(key, output.value))
+    return effects
 
 
 def nothing(_message: Message, _source: Source, _state: State) -> Effects:

@@ -41,8 +41,8 @@ OUTSIDE: Mapping[str, Outside] = {
     topics.DEAD: Outside(writers=("every role",), readers=(CLI,)),
 }
 WRITTEN_BY_WEB = frozenset(topic for topic, outside in OUTSIDE.items() if WEB in outside.writers)
-# roles that follow a topic beside the inputs of their steps: whoever opens what is sealed needs the users' keys
+# roles that follow a topic beside the inputs of their steps: whoever seals, or opens what is sealed, needs the users' keys
 FOLLOWERS: Mapping[str, tuple[Role, ...]] = {
-    topics.KEYS: (*_SENDERS, Role.SIGNALS, Role.VIEWS),
+    topics.KEYS: (Role.INGEST, *_SENDERS, Role.SIGNALS, Role.VIEWS),
     topics.CONTROL: (Role.ROUTER, *_SENDERS, Role.SIGNALS),
 }

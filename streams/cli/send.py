@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -14,11 +13,10 @@ from rich.text import Text
 from agents.router import MAX_USER_ID_CHARACTERS, missing_data
 from agents.triggers import RULES, Rule
 from schemas import topics
-from schemas.codec import pack
 from schemas.errors import TemplateError
 from schemas.ids import NotificationId, digest, notification_id
-from schemas.messages import NotificationRequested, RequestData
-from schemas.sealed import seal
+from schemas.messages import NotificationRequested
+from schemas.sealed import sealed_request
 from streams.cli import console
 from streams.cli.context import load_settings
 from streams.cli.errors import CliError
@@ -65,7 +63,7 @@ def send(  # noqa: PLR0913 - one parameter an option
         codec = wire.codec([spec for spec in specs() if spec.name in {name, topics.COMMANDS}])
         key = ensure_keys(settings, wire, codec, [user])[user]
     publisher = Publisher(settings.cluster)
-    publisher.publish(topic, user, codec.encode(sealed_with(key, request)))
+    publisher.publish(topic, user, codec.encode(sealed_request(key, request)))
     publisher.require_all()
     if as_json:
         place, (offset, _) = next(iter(publisher.last.items()))
@@ -104,12 +102,6 @@ def known_rule(name: str) -> Rule:
         return RULES[name]
     except KeyError:
         raise CliError(f"There is no rule {name}. The rules are {', '.join(RULES)}.") from None
-
-
-def sealed_with(key: bytes, request: NotificationRequested) -> NotificationRequested:
-    """Return `request` with its data sealed with the user's key: what is said to him is nobody else's business."""
-    sealed = seal(key, pack(RequestData(data=request.data)), user_id=request.user_id, purpose="request")
-    return replace(request, data={}, sealed=sealed)
 
 
 def parse_pairs(texts: list[str]) -> dict[str, str]:

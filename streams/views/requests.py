@@ -27,11 +27,10 @@ from agents.router import Renderer, missing_data
 from agents.stock import product_audience
 from agents.triggers import RULES, Rule
 from schemas import topics
-from schemas.codec import pack
 from schemas.errors import NotifyError, TemplateError
 from schemas.ids import digest, notification_id, partition_of
-from schemas.messages import Command, Message, NotificationRequested, RequestData
-from schemas.sealed import seal
+from schemas.messages import Command, Message, NotificationRequested
+from schemas.sealed import sealed_request
 from streams.tokens import Caller
 from streams.views.pages import (
     KEY_TIMEOUT_SECONDS,
@@ -128,17 +127,16 @@ class Ask(Page):
         producer = f"{PRODUCER}:{caller.service}" if caller.service else PRODUCER
         event_id = wish.key or digest(producer, wish.user_id, str(time.time_ns()), token_hex(8), size=12)
         key = await _key(site, wish.user_id, new_key_seconds=asking.new_key_seconds)
-        sealed = seal(key, pack(RequestData(data=wish.data)), user_id=wish.user_id, purpose="request")
         asked = NotificationRequested(
             event_id=event_id,
             producer=producer,
             rule=wish.rule.name,
             user_id=wish.user_id,
+            data=wish.data,
             metadata=wish.metadata,
             occurred_at=wish.occurred_at,
-            sealed=sealed,
         )
-        await _publish(site.context, topics.requests(wish.rule.lane), wish.user_id, asked)
+        await _publish(site.context, topics.requests(wish.rule.lane), wish.user_id, sealed_request(key, asked))
         identity = notification_id(producer=producer, event_id=event_id, rule=wish.rule.name, user_id=wish.user_id)
         headers = {"Location": f"/notifications/{identity}"}
         return json_answer({"notificationId": identity}, status=HTTPStatus.ACCEPTED, headers=headers)

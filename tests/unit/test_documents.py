@@ -15,7 +15,6 @@ from agents.triggers import RULES
 from schemas import topics
 from schemas.topics import Channel, Lane, Tier
 from streams import documents
-from streams.app import _FOLLOWED
 from streams.cli import build
 from streams.documents import BEGIN, END, PROVIDERS, ROOT, metrics, outdated
 from streams.outside import FOLLOWERS, OUTSIDE
@@ -100,10 +99,6 @@ def test_what_the_topology_names_exists_once() -> None:
     assert set(OUTSIDE) | set(FOLLOWERS) <= set(specs)
     read = [(step.role, topic) for step in TOPOLOGY for topic in step.reads]
     assert len(read) == len(set(read)), "an input of a role belongs to one step"
-
-
-def test_the_roles_that_follow_a_topic_are_declared() -> None:
-    assert {topic: set(roles) for topic, roles in FOLLOWERS.items()} == {topic: set(roles) for topic, roles in _FOLLOWED.items()}
 
 
 def test_every_channel_says_who_carries_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks import figures
@@ -38,7 +39,7 @@ def measure(lab: Laboratory, sizes: Sizes, say: Callable[[str], None]) -> dict[s
 def _run(running: System, sizes: Sizes) -> dict[str, Any]:
     running.start(*ROLES)
     users = running.load_users(sizes.users)
-    empty = _log_bytes(running)
+    empty = log_bytes(running.lab.folder, running.name)
     warm_up = min(_WARM_UP_PAYMENTS, sizes.payments)
     payments = running.payments(users, range(warm_up + sizes.payments), status="confirmed")
     _publish(running, payments[:warm_up])
@@ -48,7 +49,7 @@ def _run(running: System, sizes: Sizes) -> dict[str, Any]:
     _await(running, warm_up + sizes.payments)
     spent = {name: seconds - before[name] for name, seconds in running.cpu_seconds().items()}
     last_at = _last_acceptance(running, warm_up + sizes.payments)
-    by_topic = {topic: count / (warm_up + sizes.payments) for topic, count in (_log_bytes(running) - empty).items()}
+    by_topic = {topic: count / (warm_up + sizes.payments) for topic, count in (log_bytes(running.lab.folder, running.name) - empty).items()}
     return {
         "log_bytes_per_notification": sum(by_topic.values()),
         "log_bytes_by_topic": by_topic,
@@ -57,11 +58,11 @@ def _run(running: System, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def _log_bytes(running: System) -> Counter[str]:
-    """Return how large the log of each of the system's own topics is."""
+def log_bytes(folder: Path, env: str) -> Counter[str]:
+    """Return how large the log of each of the system's own topics is, by its name as agents know it."""
     found: Counter[str] = Counter()
-    for path in running.lab.folder.glob(f"**/{in_cluster('*', running.name)}-*/*.log"):
-        topic = path.parent.name.rpartition("-")[0].removeprefix(in_cluster("", running.name))
+    for path in folder.glob(f"**/{in_cluster('*', env)}-*/*.log"):
+        topic = path.parent.name.rpartition("-")[0].removeprefix(in_cluster("", env))
         found[topic] += path.stat().st_size
     return found
 
@@ -140,7 +141,8 @@ def describe(result: dict[str, Any]) -> str:
     ]
     totals = [sum(run["cpu_us_per_notification"][name] for name in stages) for run in runs]
     rows.insert(len(stages), ["**the roles together**", figures.figure(totals).show(figures.whole)])
-    log_bytes = figures.figure([run["log_bytes_per_notification"] for run in runs]).show(figures.whole)
+    left = figures.figure([run["log_bytes_per_notification"] for run in runs]).show(figures.whole)
+    users = "not counted" if all("log_bytes_by_topic" in run for run in runs) else "counted"
     sink = figures.figure([run["cpu_us_per_notification"]["mail sink"] for run in runs]).median
     absent = "".join(f"\nThe role `{role}` did not run.\n" for role in ROLES if role not in stages)
     return f"""\
@@ -155,8 +157,8 @@ CPU until the roles behind the senders had read the last record:
 
 {figures.table(["stage", "CPU µs/notification"], rows)}
 {absent}
-In the topics of the system they left {log_bytes} bytes a notification, before compaction and replication, the payments' own topic and
-the users' rows not counted.
+In the topics of the system they left {left} bytes a notification, before compaction and replication, the payments' own topic
+not counted, the users' rows {users}.
 
 Every payment's two deliveries were counted, in the sink and in the topic `status`: none missing, none twice. The mail sink alone would
 take {1e6 / sink if sink else 0:,.0f} mails/s with one core.

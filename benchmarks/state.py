@@ -156,7 +156,11 @@ def describe(result: dict[str, Any]) -> str:
         f"memory {at_rate}",
         f"disk {at_rate}, one replica",
     ]
-    absent = "".join(f"\nThe table `{name}` was not measured.\n" for name in TABLES if name not in result["tables"])
+    absent = "".join(
+        f"\nThe table `{name}` was not measured; [scaling.md](scaling.md) has an estimate.\n"
+        for name in TABLES
+        if name not in result["tables"]
+    )
     return f"""\
 {count:,} rows of each table in a changelog of 4 partitions, recovered by the product's runner in one process. Bytes a row; memory is
 what the process grew by. On paper: what {_PER_SECOND:,} notifications a second, each by e-mail and in the app, keep over all workers by

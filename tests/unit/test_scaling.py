@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import report, scaling
+from benchmarks import pipeline, report, scaling
 from benchmarks.figures import TO
 from benchmarks.state import KEPT, TABLES
 from streams.topics import DAY_SECONDS
@@ -73,6 +74,20 @@ def test_the_log_is_weighed_by_what_each_topic_keeps(results: dict[str, Any]) ->
     expected = 1_000 * kept["decisions"] + 100 * kept["requests.normal"] + 10 * kept["provider-refs"] + kept["router.decide.changelog"]
     assert (byte_days.least, byte_days.most) == pytest.approx((expected, expected))
     assert (kept["decisions"], kept["requests.normal"], kept["router.decide.changelog"]) == (90, 14, 1)
+
+
+def test_the_log_is_told_by_topic_and_of_one_environment_only(tmp_path: Path) -> None:
+    for partition, size in (
+        ("notify.bench1.requests.normal-0", 3),
+        ("notify.bench1.requests.normal-11", 4),
+        ("notify.bench1.provider-refs-0", 5),
+        ("notify.bench11.provider-refs-0", 100),
+        ("payments.bench1.events-0", 100),
+    ):
+        (tmp_path / "kafka" / partition).mkdir(parents=True)
+        (tmp_path / "kafka" / partition / "00000000000000000000.log").write_bytes(bytes(size))
+        (tmp_path / "kafka" / partition / "00000000000000000000.index").write_bytes(bytes(100))
+    assert pipeline.log_bytes(tmp_path, "bench1") == {"requests.normal": 7, "provider-refs": 5}
 
 
 def test_references_are_in_the_plan_whether_measured_or_not(results: dict[str, Any]) -> None:

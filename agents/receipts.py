@@ -40,7 +40,9 @@ REFERENCES, WAITING = "references", "waiting"
 REPORTED = frozenset({Status.DELIVERED, Status.BOUNCED, Status.FAILED, Status.EXPIRED})
 # a send's own outcome is seconds behind a report at most; what has none after so long is not ours
 WAITING_SECONDS = 72 * 3_600
-REFERENCE_SECONDS = 90 * 86_400
+# bounces come within 5 days (RFC 5321, 4.5.4.1), receipts of a text message within 3, complaints within some weeks. A row for
+# each mail and text message: nothing else that is remembered takes so much memory
+REFERENCE_SECONDS = 30 * 86_400
 EXPIRE_EVERY_SECONDS = 10.0
 _MOST_CHARACTERS = 500
 _CODE_CHARACTERS = 60
@@ -162,9 +164,13 @@ class _Waiting(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Matcher:
-    """The decisions of the step `match`. `partitions`: of the topics keyed by user, which these share."""
+    """The decisions of the step `match`. `partitions`: of the topics keyed by user, which these share.
+
+    `reference_seconds`: how long a reference is known.
+    """
 
     partitions: int
+    reference_seconds: int = REFERENCE_SECONDS
 
     def decide_reference(self, reference: ProviderReference, source: Source, state: State) -> Effects:
         """Decide what becomes known under `reference`, and the status changes by the reports that waited for it.
@@ -309,7 +315,7 @@ class Matcher:
     def _forgotten(self, state: State, key: bytes, now_ms: int) -> Iterator[Row]:
         """Yield the deletions of the oldest references past their time."""
         for old, row in islice(state[REFERENCES].items(), _PRUNE_ROWS):
-            if old == key or now_ms - Known.decode(row).at_ms <= REFERENCE_SECONDS * 1000:
+            if old == key or now_ms - Known.decode(row).at_ms <= self.reference_seconds * 1000:
                 return
             yield Row(REFERENCES, old, None)
 

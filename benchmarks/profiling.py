@@ -26,6 +26,8 @@ def measure(lab: Laboratory, sizes: Sizes, say: Callable[[str], None]) -> dict[s
         found = throughput.run_ours(lab, SOURCE, sizes.events, BENCH_PROFILE="1")
     lines = found["profile"]["lines"]
     found["profile"]["lines"] = [*lines[:_LINES_KEPT], ["", "everything else", 0, sum(seconds for *_, seconds in lines[_LINES_KEPT:])]]
+    # kept with the figures: the page is written again when the code has moved on
+    found["profile"]["texts"] = {f"{file}:{line}": _source(file, line) for file, _function, line, _seconds in found["profile"]["lines"]}
     say(f"{found['cpu_us_per_event']:.1f} CPU µs/event while sampled")
     return found
 
@@ -49,7 +51,7 @@ def describe(result: dict[str, Any]) -> str:
     ]
     by_function = [[_name(*place), *share(seconds)] for place, seconds in functions.most_common(_FUNCTIONS)]
     by_line = [
-        [f"`{_source(file, line)}`", f"{file}:{line}", *share(seconds)]
+        [f"`{profile['texts'].get(f'{file}:{line}', '?')}`", f"{file}:{line}", *share(seconds)]
         for file, _function, line, seconds in sorted(profile["lines"], key=lambda row: -row[3])
         if file and file != _GENERATED
     ][:_LINES]

@@ -130,7 +130,7 @@ class Inputs:
     def _signals(self, step: Step) -> dict[str, Input]:
         match step.name:
             case "match":
-                matcher = Matcher(self.settings.partitions)
+                matcher = Matcher(self.settings.partitions, self.settings.reference_seconds)
                 reports = self.own(DeliveryReport, matcher.decide_report)
                 return {
                     topics.PROVIDER_REFS: self.own(ProviderReference, matcher.decide_reference),

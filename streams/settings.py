@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
 
+from agents.receipts import REFERENCE_SECONDS
 from channels.config import ProviderConfig, parse_providers, parse_providers_file, smtp_provider
 from channels.signing import parse_secret
 from channels.subscriptions import Subscription, parse_subscriptions
@@ -59,6 +60,7 @@ class Settings:
     replication: int
     worker_name: str | None
     dedupe_seconds: int
+    reference_seconds: int
     session_timeout_seconds: float
     max_open_attempts: int
     low_stock_threshold: int
@@ -160,6 +162,7 @@ class Settings:
             replication=read("NOTIFY_REPLICATION", _between(1, 9), 1),
             worker_name=read("NOTIFY_WORKER_NAME", _word, None),
             dedupe_seconds=read("NOTIFY_DEDUPE_DAYS", _days, 7 * 86_400),
+            reference_seconds=read("NOTIFY_REFERENCE_DAYS", _days, REFERENCE_SECONDS),
             session_timeout_seconds=read("NOTIFY_SESSION_TIMEOUT_SECONDS", _between(6, 300), 10),
             max_open_attempts=read("NOTIFY_MAX_OPEN_ATTEMPTS", _between(1, 1_000), 32),
             low_stock_threshold=read("NOTIFY_LOW_STOCK_THRESHOLD", _between(0, 1_000_000), 10),
@@ -232,6 +235,7 @@ VARIABLES: Mapping[str, str] = {
     "NOTIFY_REPLICATION": "replicas of the topics that `notify topics ensure` makes; default 1, in production 3",
     "NOTIFY_WORKER_NAME": "a stable, unique name of this worker (static group membership); default: none",
     "NOTIFY_DEDUPE_DAYS": "how long an event sent again is known, in days such as 7 or 0.5; default 7",
+    "NOTIFY_REFERENCE_DAYS": f"how long a bounce or another report finds its delivery, in days; default {REFERENCE_SECONDS // 86_400}",
     "NOTIFY_SESSION_TIMEOUT_SECONDS": "silence after which a worker's partitions go to others; default 10, at least 6",
     "NOTIFY_MAX_OPEN_ATTEMPTS": "calls to one provider that a worker has open at once: the bound on duplicates of a crash; default 32",
     "NOTIFY_LOW_STOCK_THRESHOLD": "at or below how many a product's stock is low, where `products` does not say; default 10",
@@ -259,6 +263,7 @@ SECRETS = frozenset(
         "NOTIFY_SMTP_URL",
         "NOTIFY_PROVIDERS",
         "NOTIFY_CALLBACK_SECRETS",
+        "NOTIFY_BOUNCES_URL",
         "NOTIFY_POSTGRES_URL",
         "NOTIFY_KAFKA_PASSWORD",
         "NOTIFY_KAFKA_KEY_PASSWORD",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from agents.receipts import REFERENCE_SECONDS
 from schemas import topics
 from schemas.topics import Channel, Lane, Tier
 
@@ -83,7 +84,7 @@ def specs() -> list[TopicSpec]:
         *(TopicSpec(name=topics.settled(lane), schema="StatusChange") for lane in Lane),
         *(TopicSpec(name=topics.retry(lane, tier), schema="Delivery") for lane in Lane for tier in Tier),
         TopicSpec(name=topics.SIGNALS, schema="EngagementSignal"),
-        TopicSpec(name=topics.PROVIDER_REFS, retention_seconds=None, forgets_seconds=90 * DAY_SECONDS, schema="ProviderReference"),
+        TopicSpec(name=topics.PROVIDER_REFS, retention_seconds=None, forgets_seconds=REFERENCE_SECONDS, schema="ProviderReference"),
         TopicSpec(name=topics.RECEIPTS, schema="DeliveryReport"),
         TopicSpec(name=topics.DEAD, retention_seconds=30 * DAY_SECONDS, max_message_bytes=DEAD_MAX_BYTES),
         # which dead letters were redriven, by their place in `dead`: `notify dlq redrive` does nothing twice

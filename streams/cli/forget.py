@@ -19,14 +19,6 @@ from streams.cli.wire import Wire
 from streams.topics import specs
 
 NEEDS = frozenset({"NOTIFY_KAFKA_BOOTSTRAP", "NOTIFY_REGISTRY_URL"})
-# where something about him is left and how long; docs/erasure.md says it in full
-REMAINS = (
-    ("his user id, and ids of events, orders and payments", "decisions and status (also in PostgreSQL)", "90 days"),
-    ("what payments and other services' actions said of him", "requests.*, which repeat it readable", "14 days"),
-    ("the same, and dead letters of it", "the other services' topics, dead", "theirs; dead 30 days"),
-    ("his wrapped key and sealed rows, deleted but not yet cleaned up", "keys, preferences, watches: Kafka compacts", "about a day"),
-    ("mails that were delivered", "his mailbox", "his own"),
-)
 
 
 def forget(user_id: str, *, is_meant: bool, as_json: bool) -> None:
@@ -52,9 +44,12 @@ def forget(user_id: str, *, is_meant: bool, as_json: bool) -> None:
             key_of=lambda each: each.user_id.encode(),
             is_done=lambda _command, value: value is None,
         )
+    from streams.erasure import Remains, remains  # what one command needs costs all others at their start
+
+    left = [Remains(*(text.replace("`", "") for text in each)) for each in remains(settings)]
     if as_json:
-        remains = [{"what": what, "where": where, "howLong": how_long} for what, where, how_long in REMAINS]
-        console.print_document({"userId": user_id, "commandId": command.command_id, "isForgotten": True, "remains": remains})
+        shown = [{"what": what, "where": where, "howLong": how_long} for what, where, how_long in left]
+        console.print_document({"userId": user_id, "commandId": command.command_id, "isForgotten": True, "remains": shown})
         return
     console.succeed(
         Text.assemble(
@@ -65,5 +60,5 @@ def forget(user_id: str, *, is_meant: bool, as_json: bool) -> None:
     )
     err = console.stderr()
     err.print(Text("\n  What remains:", style="dim"))
-    for what, where, how_long in REMAINS:
+    for what, where, how_long in left:
         err.print(Text.assemble("  · ", what, (f"  in {where}: {how_long}", "dim")))

@@ -52,7 +52,7 @@ def test_a_change_is_noticed_and_written_and_the_rest_of_the_readme_stays(tmp_pa
 
 def test_a_readme_without_a_place_for_the_picture_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no markers")
-    with pytest.raises(ValueError, match="no place for the picture"):
+    with pytest.raises(ValueError, match="no place for what is generated"):
         outdated(tmp_path)
 
 

@@ -5,18 +5,25 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agents.control import Control
 from agents.ports import BY_KEY, Effects, KnownSource, SetAside
-from agents.receipts import REFERENCE_SECONDS, REFERENCES, WAITING, WAITING_SECONDS, Matcher, Reported, report_key
+from agents.receipts import REFERENCE_SECONDS, REFERENCES, WAITING, WAITING_SECONDS, Known, Matcher, Reported, report_key
 from schemas import topics
+from schemas.codec import Codec
 from schemas.errors import InvalidEventError
 from schemas.ids import partition_of
 from schemas.messages import ControlEntry, DeliveryReport, ProviderReference, StatusChange
 from schemas.status import Status, Suppression, order
+from streams.inputs import Inputs
+from streams.registry import Registry
+from streams.settings import Settings
+from streams.topology import TOPOLOGY
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 PARTITIONS = 4
@@ -38,12 +45,14 @@ SCOPED = replace(REFERENCE, address_scope="suppression:email:0123")
 BOUNCE = replace(REPORT, status="bounced", code="5.1.1", suppresses=Suppression.HARD_BOUNCE)
 COMPLAINT = replace(REPORT, suppresses=Suppression.COMPLAINT, at=NOW + timedelta(hours=1))
 
+MATCHER = Matcher(PARTITIONS)
+
 
 class Desk:
     """A matcher with its tables: applies what it decides, as the runner does."""
 
-    def __init__(self) -> None:
-        self.matcher = Matcher(PARTITIONS)
+    def __init__(self, matcher: Matcher = MATCHER) -> None:
+        self.matcher = matcher
         self.state: dict[str, OrderedDict[bytes, bytes]] = {REFERENCES: OrderedDict(), WAITING: OrderedDict()}
         self.changes: list[StatusChange] = []
         self.orders: list[ControlEntry] = []
@@ -236,12 +245,34 @@ def test_a_report_that_nothing_answers_to_is_a_dead_letter_after_three_days_with
     assert not desk.state[WAITING]
 
 
-def test_a_reference_is_forgotten_after_90_days() -> None:
-    desk = Desk()
+@pytest.mark.parametrize("seconds", [REFERENCE_SECONDS, 86_400])
+def test_a_reference_is_known_as_long_as_is_asked_for_and_then_forgotten(seconds: int) -> None:
+    desk = Desk(Matcher(PARTITIONS, seconds))
     desk.tell(REFERENCE)
-    later = NOW + timedelta(seconds=REFERENCE_SECONDS + 1)
-    desk.tell(replace(REFERENCE, reference="other", at=later), at=later)
-    assert list(desk.state[REFERENCES]) == [report_key("smtp", "other")]
+    for name, after in (("timely", seconds), ("later", seconds + 1)):
+        at = NOW + timedelta(seconds=after)
+        desk.tell(replace(REFERENCE, reference=name, at=at), at=at)
+        is_known = report_key("smtp", REFERENCE.reference) in desk.state[REFERENCES]
+        assert is_known is (after <= seconds)
+    assert list(desk.state[REFERENCES]) == [report_key("smtp", "timely"), report_key("smtp", "later")]
+
+
+def test_the_settings_say_how_long_references_are_known(tmp_path: Path) -> None:
+    assert Settings.from_env({}).reference_seconds == REFERENCE_SECONDS
+    settings = Settings.from_env({"NOTIFY_REFERENCE_DAYS": "7"})
+    control = Control(lambda _scope: None, seal_key=bytes(32))
+    inputs = Inputs(
+        settings=settings, codec=Codec({}, {}), registry=Registry("http://nobody", tmp_path), control=lambda: control, keys=None
+    )
+    (match,) = [step for step in TOPOLOGY if step.name == "match"]
+    state = {REFERENCES: OrderedDict({b"email old": Known.of(REFERENCE).encode()}), WAITING: OrderedDict()}
+    key = report_key("smtp", REFERENCE.reference)
+    for days, forgotten in ((6.9, []), (7.1, [b"email old"])):
+        source = KnownSource(
+            topic=topics.PROVIDER_REFS, partition=partition_of(key, settings.partitions), offset=1, at=NOW + timedelta(days=days), key=key
+        )
+        effects = inputs.of(match)[topics.PROVIDER_REFS].decide(REFERENCE, source, state)
+        assert [row.key for row in effects.rows if row.value is None] == forgotten
 
 
 def test_a_report_on_another_partition_than_its_references_is_sent_on() -> None:

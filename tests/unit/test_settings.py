@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,8 @@ def test_what_is_malformed_is_shown_with_what_is_wanted(name: str, text: str) ->
         ("NOTIFY_SMTP_URL", f"https://user:{PASSWORD}@mail.example"),
         ("NOTIFY_SMTP_URL", f"smtp://user:{PASSWORD}[@mail.example"),
         ("NOTIFY_SMTP_URL", f"smtp://user:{PASSWORD}℀@mail.example"),
+        ("NOTIFY_BOUNCES_URL", PASSWORD),
+        ("NOTIFY_BOUNCES_URL", f"imap4://bounces:{PASSWORD}@mail.example/INBOX"),
     ],
 )
 def test_a_malformed_secret_is_named_and_never_shown(name: str, text: str) -> None:
@@ -164,10 +167,17 @@ def test_a_malformed_secret_is_named_and_never_shown(name: str, text: str) -> No
     assert text not in problem
 
 
+def test_every_setting_that_says_that_it_is_secret_is_treated_so_and_no_other() -> None:
+    assert {name for name, text in VARIABLES.items() if "secret" in re.split(r"[;,] ", text)} == SECRETS
+
+
 def test_no_secret_is_in_the_settings_text() -> None:
-    url = f"smtps://user:{PASSWORD}@mail.example:465"
-    settings = Settings.from_env({**WORKER, "NOTIFY_ROLE": "sender-bulk", "NOTIFY_SMTP_URL": url}, needs=WORKER_NEEDS)
+    url, mailbox = f"smtps://user:{PASSWORD}@mail.example:465", f"imaps://bounces:{PASSWORD}@mail.example"
+    env = {**WORKER, "NOTIFY_ROLE": "sender-bulk", "NOTIFY_SMTP_URL": url, "NOTIFY_BOUNCES_URL": mailbox}
+    settings = Settings.from_env(env, needs=WORKER_NEEDS)
     assert settings.smtp_url == url
+    assert settings.bounces is not None
+    assert settings.bounces.password == PASSWORD
     for shown in (repr(settings), str(settings)):
         assert PASSWORD not in shown
         assert repr(settings.seal_key) not in shown

@@ -3,7 +3,7 @@
 Output `value:n` for the n-th record of a key. Values that begin with `bug` raise, with `large` become too large for the
 output topic, with `slow` take 20 ms. TALLY_FAULT=`<point>:<n>` kills the worker at the n-th passage of a point;
 with TALLY_SENT it waits before until something of an open transaction has reached the broker. TALLY_TIMEOUT_MS is how long the
-broker waits for the end of a transaction.
+broker waits for the end of a transaction, TALLY_POLL_SECONDS how long aiokafka bears with a consumer that fetches nothing.
 """
 
 from __future__ import annotations
@@ -104,7 +104,10 @@ def make() -> Worker:
         health.FORGOTTEN_SECONDS = 3 * int(timeout_ms) / 1000
         health.LOOK_AT_OPEN_EVERY_SECONDS = 0.5
     settings = Settings.from_env({k: v for k, v in os.environ.items() if k.startswith("NOTIFY_")}, needs=WORKER_NEEDS)
-    return build_app(settings, Plan(steps=(STEP,), topics=TOPICS, inputs=inputs, tune=tune))
+    app = build_app(settings, Plan(steps=(STEP,), topics=TOPICS, inputs=inputs, tune=tune))
+    if poll_seconds := os.environ.get("TALLY_POLL_SECONDS"):
+        app.conf.broker_max_poll_interval = float(poll_seconds)
+    return app
 
 
 if __name__ == "__main__":

@@ -99,6 +99,14 @@ class KnowingAssignor(PartitionAssignor):
 class GroupThread(driver.AIOKafkaConsumerThread):
     """aiokafka's consumer as a group member only."""
 
+    async def on_start(self) -> None:
+        """Start a consumer that is always about to fetch.
+
+        One that has fetched nothing for `broker_max_poll_interval` (1,000 s) leaves its group, and never joins it again.
+        """
+        await super().on_start()
+        self.add_context(self._ensure_consumer()._subscription.fetch_context())  # noqa: SLF001 - aiokafka has no public way
+
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
         """Pause everything in aiokafka, so that it fetches nothing, then go on as Faust does."""
         consumer = self._ensure_consumer()

@@ -117,6 +117,14 @@ def test_a_paused_partition_is_never_fetched() -> None:
     assert aiokafka.TopicPartition("t", 1) == TP("t", 1)
 
 
+def test_a_consumer_is_not_idle_while_it_fetches() -> None:
+    from aiokafka.consumer.subscription_state import SubscriptionState
+
+    assert "_subscription = SubscriptionState()" in source(aiokafka.AIOKafkaConsumer.__init__).replace("self.", "")
+    assert "self._fetch_count += 1" in source(SubscriptionState.fetch_context)
+    assert "await self._consumer.start()" in source(driver.AIOKafkaConsumerThread.on_start)
+
+
 def test_a_member_with_tables_uses_fausts_assignor() -> None:
     assert "has_changelog_tables" in source(driver.AIOKafkaConsumerThread._create_worker_consumer)
     assert "group_instance_id=conf.consumer_group_instance_id" in source(driver.AIOKafkaConsumerThread._create_worker_consumer)

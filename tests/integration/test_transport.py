@@ -147,6 +147,19 @@ async def _kill_and_restart(stack: Stack) -> None:
     await stack.broker.start()
 
 
+def test_a_worker_stays_in_its_group_however_long_aiokafka_fetches_nothing(tally: System) -> None:
+    """After `broker_max_poll_interval`, 1,000 s by default, it left, and never joined again."""
+    worker = tally.start(ROLE, module=MODULE, TALLY_POLL_SECONDS="2")
+    tally.await_ready(worker)
+    ready = time.monotonic()
+    wait_for(lambda: time.monotonic() > ready + 5, seconds=10, what="the moment after which it would have left")
+    sent = numbered(200)
+    tally.produce("tally.in", sent)
+    await_out(tally, len(sent))
+    audit(tally, sent)
+    assert worker.log_text().count("Revoking previously assigned partitions") == 1  # at its start, when it had none
+
+
 def test_a_worker_outlives_the_broker(tally: System, stack: Stack) -> None:
     """Every variant recovered; stock Faust's producer, which is not idempotent, doubled 22."""
     sent = numbered(6_000)

@@ -31,7 +31,7 @@ LABEL org.opencontainers.image.title="FlowMart notifications" org.opencontainers
 RUN pip uninstall --yes pip setuptools wheel \
  && groupadd --gid 10001 notify \
  && useradd --uid 10001 --gid notify --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin notify \
- && install --directory --owner=notify --group=notify /var/lib/notify
+ && install --directory --owner=notify --group=notify /var/lib/notify /var/lib/objects
 COPY --from=build /opt/notify /opt/notify
 COPY --from=build /app /app
 ENV PATH=/opt/notify/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 NOTIFY_DATA_DIR=/var/lib/notify

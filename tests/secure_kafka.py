@@ -166,6 +166,8 @@ class SecureBroker(KafkaBroker):
                 "listener.name.tokens.sasl.enabled.mechanisms=OAUTHBEARER",
                 f"listener.name.tokens.oauthbearer.sasl.jaas.config={bearer}.OAuthBearerLoginModule required;",
                 f"listener.name.tokens.oauthbearer.sasl.server.callback.handler.class={bearer}.{unsigned}",
+                # a session ends with its token, unless its client shows another one before (KIP-368)
+                "listener.name.tokens.oauthbearer.connections.max.reauth.ms=3600000",
                 "ssl.keystore.type=PEM",
                 f"ssl.keystore.location={store}",
                 "ssl.truststore.type=PEM",

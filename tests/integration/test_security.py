@@ -9,6 +9,8 @@ import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -19,22 +21,28 @@ from confluent_kafka import Producer
 from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
 
 from schemas import topics
-from schemas.messages import DecisionRecord
+from schemas.ids import notification_id
+from schemas.messages import DecisionRecord, StatusChange, UserAction
 from streams.cli.doctor import Check, State, examine
 from streams.embedded.processes import LOOPBACK, choose_port
 from streams.embedded.stack import Stack
 from streams.refusals import why_unreachable
 from streams.rights import OPERATOR, Kind, Operation, Right, missing, refused_transactions, rights_of, rights_of_operator
 from streams.roles import Role
-from streams.security import KafkaSecurity, Mechanism, Protocol, Tls, TokenSource, msk_tokens
+from streams.security import KafkaSecurity, Mechanism, Protocol, Tls, msk_tokens
 from streams.settings import CLIENT_NEEDS, Settings
+from streams.topology import TOPOLOGY, Step
 from streams.transport.cluster import Cluster
 from streams.transport.credentials import credentials
+from tests.deliveries import codec_of, let_mail_server
 from tests.harness import System, system, wait_for
 from tests.integration.test_guarantees import identity, mailing, of_run, payment
+from tests.integration.test_inventory import an_adjustment, told
 from tests.secure_kafka import ADMIN, ADMIN_PASSWORD, Loop, SecureBroker, secure_broker
+from tests.token_app import unsigned
 
 PASSWORD = "a-word-nobody-may-see"
+TOKEN_SECONDS = 4
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +57,7 @@ def running(stack: Stack, broker: SecureBroker, tmp_path_factory: pytest.TempPat
         "NOTIFY_KAFKA_SECURITY_PROTOCOL": "SASL_SSL",
         "NOTIFY_KAFKA_SASL_MECHANISM": "SCRAM-SHA-512",
         "NOTIFY_KAFKA_CA_FILE": str(broker.authority.file),
+        "NOTIFY_RETRY_TIERS": "1,2,4",
         **named(OPERATOR),
     }
     folder = tmp_path_factory.mktemp("secured")
@@ -74,26 +83,102 @@ def ids_of(made: System, topic: str, found: str) -> list[DecisionRecord]:
 
 
 def test_with_exactly_its_rights_every_role_does_its_part(running: System) -> None:
-    running.load_preferences(mailing(["secured"]))
-    running.produce("payments", running.frame_payments([payment(1, "secured", run="secured")]))
-    found = identity("secured", 1, "secured")
-    wait_for(lambda: running.mails()[f"{found}-email"] == 1, seconds=40, what="the mail, through ingest, router and sender")
-    wait_for(lambda: running.web(f"/notifications/{found}")[0] == 200, seconds=30, what="the inbox, by views")
-    assert running.web(f"/notifications/{found}/read", method="POST")[0] in {202, 204}
-    wait_for(lambda: running.web(f"/notifications/{found}")[1]["status"] == "read", seconds=30, what="the read mark, by signals")
-    sent = running.notify("send", "--user", "secured", "--title", "Hello", "--message", "World")
-    assert sent.returncode == 0, sent.stderr
-    event = {"eventId": "evt-1", "productId": "p-1", "sku": "s-1", "warehouseId": "w-1", "adjustmentType": "SALE", "newQuantity": 3}
-    written = running.notify("produce", "inventory", "-", stdin=json.dumps({**event, "timestamp": "2026-03-15T11:04:33Z"}) + "\n")
-    assert written.returncode == 0, written.stderr
-    wait_for(
-        lambda: [d for m in running.read("decisions") if (d := running.decode(m, DecisionRecord)).user_id == "stock:p-1"],
-        seconds=30,
-        what="the decision of stock",
+    """All steps have work but two: `parked`, for which the registry would have to go away, and `forward`, which needs subscribers."""
+    others = {"closed": "refuse-550@example.com", "unsettled": "drop-stored@example.com"}
+    running.load_preferences(
+        {**row, "email": others.get(str(row["userId"]), row["email"])}
+        for row in mailing(["secured", "recalled", "watching", "bouncing", "closed", "unsettled"])
     )
-    wait_for(lambda: running.workers["store-a"].metric("notify_records_total") > 0, seconds=30, what="a row, by store")
+    critical_through_delay_and_recalled(running)
+
+    assert running.ask("/users/watching/watches/p-1", user="watching", method="PUT")[0] == 202
+    sent = running.notify("send", "--user", "unsettled", "--title", "Hello", "--message", "World")
+    assert sent.returncode == 0, sent.stderr
+    unsettled = sent.stdout.strip()
+    paying = ["secured", "bouncing", "closed"]
+    running.produce("payments", running.frame_payments([payment(1, user, run=user) for user in paying]))
+    secured, bouncing, closed = (identity(user, 1, user) for user in paying)
+    wait_for(lambda: running.mails()[f"{secured}-email"] == 1, seconds=40, what="the mail, through ingest, router and sender")
+    wait_for(lambda: running.web(f"/notifications/{secured}")[0] == 200, seconds=30, what="the inbox, by views")
+    assert running.web(f"/notifications/{secured}/read", method="POST")[0] in {202, 204}
+    wait_for(lambda: running.web(f"/notifications/{secured}")[1]["status"] == "read", seconds=30, what="the read mark, by signals")
+
+    wait_for(lambda: running.rows(topics.WATCHES), seconds=30, what="the watch, through the web and the router")
+    events = [an_adjustment("gone", "p-1", 5, 0), an_adjustment("back", "p-1", 0, 3)]
+    written = running.notify("produce", "inventory", "-", stdin="".join(json.dumps(event) + "\n" for event in events))
+    assert written.returncode == 0, written.stderr
+    back = told("back", "back_in_stock", "watching")
+    wait_for(lambda: running.mails()[f"{back}-email"] == 1, seconds=30, what="the watcher's mail, through stock and the bulk lane")
+    assert running.count(topics.OUT_OF_STOCK) == 1
+
+    wait_for(lambda: has(running, closed, "failed"), seconds=30, what="a mailbox that does not exist")
+    wait_for(lambda: has(running, bouncing, "sent"), seconds=30, what="a mail that will come back")
+    wait_for(lambda: has(running, unsettled, "unknown"), seconds=30, what="an attempt of unknown end")
+    reports = [report(unsettled, status="delivered"), report(bouncing, status="bounced", code="5.1.1", suppresses="hard_bounce")]
+    loaded = running.notify("receipts", "load", "-", stdin="".join(json.dumps(each) + "\n" for each in reports))
+    assert loaded.returncode == 0, loaded.stderr
+    sender = running.workers["sender-normal-a"]
+    wait_for(lambda: sender.metric("notify_settled_total", status="delivered") == 1, seconds=30, what="it settled, by signals")
+    for user in ("closed", "bouncing"):  # one order of a sender, one of signals
+        wait_for(partial(is_suppressed, running, user), seconds=30, what=f"{user} suppressed, by the router")
+    row = "SELECT status FROM delivery WHERE delivery_id = $1"
+    wait_for(lambda: running.query(row, f"{unsettled}-email") == [("delivered",)], seconds=30, what="its row in PostgreSQL, by store")
+
     assert running.count(topics.DEAD) == 0
     assert {name: worker.exits for name, worker in running.workers.items() if worker.exits} == {}
+    assert {(step.role, step.name) for step in TOPOLOGY if not handled(running, step)} == {("ingest", "parked"), ("signals", "forward")}
+
+
+def critical_through_delay_and_recalled(made: System) -> None:
+    """Let the mail server refuse two password resets: one is tried again after a wait, the other is recalled meanwhile."""
+    actions = [
+        UserAction(
+            action_id=f"reset-{user}",
+            user_id=user,
+            action="password_reset_requested",
+            data={"code": "481 205", "expiresInMinutes": "15", "requestedFrom": "Firefox on Linux"},
+            occurred_at=datetime.now(UTC),
+        )
+        for user in ("secured", "recalled")
+    ]
+    secured, recalled = (
+        notification_id(producer="user-actions", event_id=each.action_id, rule="password_reset", user_id=each.user_id) for each in actions
+    )
+    codec = codec_of(made, topics.USER_ACTIONS)
+    let_mail_server(made, mode="refuse", code=451)
+    try:
+        made.produce(topics.USER_ACTIONS, [(each.user_id.encode(), codec.encode(each)) for each in actions])
+        for found in (secured, recalled):
+            wait_for(partial(has, made, found, "retrying"), seconds=40, what="a refusal, by sender-critical")
+        done = made.notify("recall", "--notification", recalled, "--reason", "a drill")
+        assert done.returncode == 0, done.stderr
+        wait_for(partial(has, made, recalled, "cancelled"), seconds=30, what="the recall obeyed, after a wait")
+    finally:
+        let_mail_server(made, mode="none")
+    wait_for(lambda: made.mails()[f"{secured}-email"] == 1, seconds=40, what="the mail, at a later attempt")
+    assert made.mails()[f"{recalled}-email"] == 0
+
+
+def has(made: System, notification: str, status: str) -> bool:
+    return any(change.status == status for change in of_run(made, topics.STATUS, StatusChange, {notification}))
+
+
+def report(notification: str, **said: str) -> dict[str, str]:
+    """Return what a provider says later of the mail of a notification."""
+    return {"provider": "email", "reference": f"{notification}-email.0@flowmart.example", "at": datetime.now(UTC).isoformat(), **said}
+
+
+def is_suppressed(made: System, user: str) -> bool:
+    """Ask for another notification; say whether its mail was left out because the address is dead."""
+    asked = made.ask("/notifications", {"userId": user, "rule": "message", "data": {"title": "Hello", "message": "World"}})[2]
+    record: DecisionRecord = wait_for(lambda: ids_of(made, topics.DECISIONS, asked["notificationId"]), seconds=30, what="a decision")[0]
+    return {choice.channel: choice.reason for choice in record.channels}["email"] == "suppressed: hard_bounce"
+
+
+def handled(made: System, step: Step) -> float:
+    """Return how many records a step worked on."""
+    worker = made.workers[f"{step.role}-a"]
+    return sum(worker.metric("notify_records_total", topic=topic) for topic in step.reads)
 
 
 def test_no_role_has_a_right_that_the_list_does_not_give(running: System, broker: SecureBroker) -> None:
@@ -218,19 +303,6 @@ def test_doctor_explains_each_refusal(running: System, broker: SecureBroker, var
 # ---- tokens, as Amazon MSK wants them
 
 
-def unsigned(user: str) -> TokenSource:
-    """Return tokens that the test's broker believes: what Amazon signs, it takes unsigned."""
-
-    def part_of(value: object) -> str:
-        return base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=").decode()
-
-    def tokens() -> tuple[str, float]:
-        expires = time.time() + 600
-        return f"{part_of({'alg': 'none'})}.{part_of({'sub': user, 'iat': int(time.time()), 'exp': int(expires)})}.", expires
-
-    return tokens
-
-
 async def test_both_clients_authenticate_with_tokens(running: System, broker: SecureBroker) -> None:
     tokens = unsigned("notify-signals")
     security = KafkaSecurity(
@@ -269,6 +341,32 @@ async def test_both_clients_authenticate_with_tokens(running: System, broker: Se
     await asyncio.to_thread(write)
     refused = replace(cluster, security=replace(security, tokens=lambda: ("not.a.token", time.time() + 100)))
     assert "does not accept our IAM identity" in await asyncio.to_thread(why_unreachable, refused)
+
+
+def test_a_worker_does_its_work_with_tokens_beyond_the_end_of_each(running: System, broker: SecureBroker) -> None:
+    """Faust's group member, readers, shards and admin clients, as one worker has them. The broker ends sessions with their tokens."""
+    running.stop(running.workers["stock-a"])
+    worker = running.start(
+        "stock",
+        module="tests.token_app",
+        NOTIFY_KAFKA_BOOTSTRAP=f"{LOOPBACK}:{broker.heard['TOKENS']}",
+        NOTIFY_KAFKA_SASL_MECHANISM="AWS_MSK_IAM",
+        NOTIFY_KAFKA_REGION="eu-west-1",
+        NOTIFY_KAFKA_USER="",
+        NOTIFY_KAFKA_PASSWORD="",
+        TOKEN_USER="notify-stock",
+        TOKEN_SECONDS=str(TOKEN_SECONDS),
+    )
+    running.await_ready(worker)
+    began, number = time.monotonic(), 0
+    while time.monotonic() - began < 2 * TOKEN_SECONDS:
+        written = running.count(topics.OUT_OF_STOCK)
+        running.produce("inventory", running.frame_adjustments([an_adjustment(f"by-token-{number}", f"p-token-{number}", 5, 0)]))
+        wait_for(lambda: running.count(topics.OUT_OF_STOCK) > written, seconds=40, what="its OutOfStock")  # noqa: B023 - called at once
+        number += 1
+    rows = {key.split(b"\0")[0].decode() for key in running.table("stock.level", "levels")}
+    assert {f"p-token-{n}" for n in range(number)} <= rows, "its rows in the changelog"
+    assert worker.exits == []
 
 
 def test_the_signer_makes_a_token_for_msk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,9 @@ from tests.ports import no_ports
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = re.compile(r"\$\{(\w+):\?([^}]*)\}")
-PINNED = re.compile(r"[\w./-]+:v?\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?")
+# x.y.z or a date, as one release is called; PostgreSQL's releases have two numbers
+EXACT = r"v?\d+\.\d+\.\d+(-[\w.-]+)?|\w*\.?20\d\d-\d\d-\d\d[\w.-]*"
+PINNED = re.compile(rf"(postgres:\d+\.\d+(-\w+)?|[\w./-]+:({EXACT}))(@sha256:[0-9a-f]{{64}})?")
 
 Service = Mapping[str, Any]
 
@@ -164,6 +166,13 @@ def test_every_image_is_pinned(services: dict[str, Service]) -> None:
         assert PINNED.fullmatch(service["image"]), f"{name}: {service['image']}"
 
 
+def test_a_tag_that_moves_with_every_release_is_not_taken_for_one() -> None:
+    moving = ("axllent/mailpit", "axllent/mailpit:latest", "axllent/mailpit:v1", "axllent/mailpit:v1.26", "postgres:18", "kafka:4.2")
+    assert [image for image in moving if PINNED.fullmatch(image)] == []
+    exact = ("axllent/mailpit:v1.26.2", "postgres:18.4", "minio/minio:RELEASE.2024-10-13T13-34-11Z", f"kafka:4.2.2@sha256:{'0' * 64}")
+    assert [image for image in exact if not PINNED.fullmatch(image)] == []
+
+
 def test_every_service_is_confined(services: dict[str, Service]) -> None:
     for name, service in services.items():
         assert service["read_only"] is True, name
@@ -180,9 +189,22 @@ def test_every_service_is_confined(services: dict[str, Service]) -> None:
         assert "docker.sock" not in str(service), name
 
 
-def test_nobody_is_root_but_the_one_whose_image_has_no_user(services: dict[str, Service]) -> None:
-    root = {name for name, service in services.items() if str(service["user"]).split(":")[0] in {"0", "root"}}
-    assert root == {"objects"}
+def test_nobody_is_root(services: dict[str, Service]) -> None:
+    assert {name for name, service in services.items() if str(service["user"]).split(":")[0] in {"0", "root"}} == set()
+
+
+def test_who_has_no_folder_in_its_image_gets_a_volume_that_it_can_write(
+    services: dict[str, Service], dockerfile: list[tuple[str, str]]
+) -> None:
+    """A new volume belongs to root, unless the first container that mounts it has a folder there: then to that folder's owner."""
+    objects, init = services["objects"], services["init"]
+    (volume,) = (each.split(":")[0] for each in objects["volumes"])
+    folder = dict(each.split(":") for each in init["volumes"])[volume]
+    (run,) = (rest for word, rest in stages(dockerfile)[1] if word == "RUN")
+    (made,) = re.findall(r"install --directory --owner=notify --group=notify ([\w/ ]+)", run)
+    assert folder in made.split()
+    assert objects["user"] == init["user"] == "10001:10001"
+    assert objects["depends_on"]["init"] == {"condition": "service_completed_successfully"}
 
 
 def test_nothing_listens_beyond_this_machine(compose: Any, services: dict[str, Service]) -> None:

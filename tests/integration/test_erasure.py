@@ -196,6 +196,9 @@ def test_a_forgotten_user_is_readable_nowhere_and_may_come_back_with_a_new_key(r
     for notification in (posted, sent):
         wait_for(partial(was_mailed, running, notification), seconds=40, what="the mail")
     wait_for(lambda: set(inbox(running).values()) == {POSTED, SENT}, seconds=30, what="both in the inbox")
+    bounce = {"provider": "email", "reference": "nobody@example", "status": "bounced", "at": "2026-03-01T00:00:00Z"}
+    done = running.notify("receipts", "load", "-", stdin=json.dumps({**bounce, "code": f"550 <{ADDRESS}> is unknown"}))
+    assert done.returncode == 0, done.stderr
     wrapped = stored_key(running)
     key = unwrap(running.settings.seal_key, wrapped, user_id=USER)
     bury(running, key)

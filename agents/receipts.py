@@ -16,6 +16,8 @@ it as soon as one part has it.
 
 A report may say besides that nothing more may be sent to the address: a bounce for good, a complaint. It becomes a standing
 order on the topic `control`, once for each reason, so that an order that a person lifted does not come back by repetition.
+
+Both tables forget their oldest rows. They are in the order of last writes: a row is as old as the last report in it.
 """
 
 from __future__ import annotations
@@ -260,7 +262,7 @@ class Matcher:
                 return Effects(orders, [Row(REFERENCES, key, known.encode())] if is_news else [], ["matched" if is_news else "repeated"])
         changes = []
         if report.status not in known.reports:
-            known = replace(known, reports={**known.reports, report.status: (_code(report.code), _milliseconds(report.at))})
+            known = replace(known, reports={**known.reports, report.status: (plain_code(report.code), _milliseconds(report.at))})
             changes = [self._change(known, report.provider, report.reference, report.status)]
         if not changes and not orders:
             return Effects(counts=["repeated"])
@@ -271,12 +273,16 @@ class Matcher:
         )
 
     def expire(self, now: datetime, state: State) -> Effects:
-        """Decide which reports have waited too long: dead letters, as they were read."""
+        """Decide which reports have waited too long: dead letters, as they were read. To be asked again until there are none.
+
+        Those under one reference go together, when the last of them has waited. References have to be known up to now:
+        after a standstill the one that a report waits for may be about to be read.
+        """
         oldest_ms = _milliseconds(now) - WAITING_SECONDS * 1000
         effects = Effects()
         for key, row in islice(state[WAITING].items(), _EXPIRE_ROWS):
             entries = [_Waiting(*entry) for entry in orjson.loads(row)]
-            if entries[0].at_ms > oldest_ms:
+            if entries[-1].at_ms > oldest_ms:
                 break
             effects.rows.append(Row(WAITING, key, None))
             effects.set_aside += [
@@ -305,7 +311,7 @@ class Matcher:
             offset=source.offset,
             at_ms=_milliseconds(source.at),
             status=report.status,
-            code=_code(report.code),
+            code=plain_code(report.code),
             reported_at_ms=_milliseconds(report.at),
             raw=b64encode(found.raw).decode(),
             suppresses=report.suppresses,
@@ -315,7 +321,9 @@ class Matcher:
     def _forgotten(self, state: State, key: bytes, now_ms: int) -> Iterator[Row]:
         """Yield the deletions of the oldest references past their time."""
         for old, row in islice(state[REFERENCES].items(), _PRUNE_ROWS):
-            if old == key or now_ms - Known.decode(row).at_ms <= self.reference_seconds * 1000:
+            if old == key:
+                continue  # it goes behind all others
+            if now_ms - Known.decode(row).at_ms <= self.reference_seconds * 1000:
                 return
             yield Row(REFERENCES, old, None)
 
@@ -373,8 +381,8 @@ def _check(report: DeliveryReport) -> None:
             raise InvalidEventError(name, f"is empty or longer than {_MOST_CHARACTERS} characters")
 
 
-def _code(text: str | None) -> str | None:
-    """Return a provider's code fit for the trail: without whatever looks like an address."""
+def plain_code(text: str | None) -> str | None:
+    """Return a provider's code fit for Kafka and the trail: without whatever looks like an address, at most 60 characters."""
     return " ".join(word for word in (text or "").split() if "@" not in word and word.isprintable())[:_CODE_CHARACTERS] or None
 
 

@@ -33,7 +33,10 @@ _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timer:
-    """What a step decides without a record: at most every `seconds`, given the wall clock and the tables."""
+    """What a step decides without a record, given the wall clock and the tables: every `seconds`, and on as long as anything comes.
+
+    Only of tables that are up to date: once every input was read to its end since the partition came here.
+    """
 
     seconds: float
     decide: Callable[[datetime, Mapping[str, Mapping[bytes, bytes]]], Effects]
@@ -54,7 +57,6 @@ class DecidingShard(Shard):
             if not self.is_draining and self._until_timer() <= 0:
                 self.idle.clear()
                 await self._ring()
-                continue
             now = time.time()
             lane = next((lane for lane in self.lanes.values() if lane.wait_seconds(now) <= 0), None)
             if lane is None or self.is_draining:
@@ -83,20 +85,23 @@ class DecidingShard(Shard):
             return
 
     def _until_timer(self) -> float:
-        return math.inf if self._timer is None else self._rang_at + self._timer.seconds - time.monotonic()
+        if self._timer is None or any(lane.end is None for lane in self.lanes.values()):
+            return math.inf
+        return self._rang_at + self._timer.seconds - time.monotonic()
 
     async def _ring(self) -> None:
         """Decide what the timer decides, in a transaction of its own if there is anything."""
         assert self._timer is not None
-        self._rang_at = time.monotonic()
         effects = self._timer.decide(datetime.now(UTC), self.tables)
         if not (effects.outputs or effects.rows or effects.set_aside):
+            self._rang_at = time.monotonic()
             return
         self.writer.begin()
         try:
             self._add(effects, [self.encode(output) for output in effects.outputs])
             await self.commit(0)
         except AbortedError as error:
+            self._rang_at = time.monotonic()
             log.warning("transaction.aborted step=%s partition=%d error=%s", self.step.name, self.partition, error)
 
     async def _advance(self, lane: Lane) -> None:

@@ -118,20 +118,19 @@ class Registry:
         Raises RegistryUnavailableError when it is away and these schemas were never registered from here.
         """
         written_as: dict[str, int] = {}
-        stored = self._cache / f"registered.{env}.json"
-        known: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
         for spec in specs:
             if spec.schema is None:
                 continue
             subject, text = f"{physical(env, spec.name)}-value", schema_text(spec.schema)
-            cached = known.get(subject)
-            if cached and cached["schema"] == text and cached["url"] == self.url:
+            # a file each: workers that share the folder take no entry from each other
+            stored = self._cache / f"{subject}.json"
+            cached: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
+            if (cached.get("schema"), cached.get("url")) == (text, self.url):
                 schema_id = int(cached["id"])
             else:
                 schema_id = await self.register(subject, text)
-                known[subject] = {"schema": text, "url": self.url, "id": schema_id}
+                self._store(stored.name, json.dumps({"schema": text, "url": self.url, "id": schema_id}))
             written_as[spec.schema] = schema_id
-        self._store(stored.name, json.dumps(known))
         return Codec(written_as, self.schemas)
 
     async def date(self) -> str | None:

@@ -89,7 +89,8 @@ class SendingShard(Shard):
         self._active: set[tuple[str, int]] = set()  # identities of the jobs
         self._deferred: list[tuple[Output, bytes]] = []  # too early for this sender: back to the role delay
         self._stepped_back: list[tuple[Job, tuple[Output, bytes]]] = []  # make room for other routes
-        self._settlements: list[StatusChange] = []  # reports that end what waits to be sent again
+        self._settlements: dict[tuple[str, int], StatusChange] = {}  # by identity: reports that end what waits to be sent again
+        self._reports: dict[tuple[str, int], tuple[StatusChange, int]] = {}  # the same of what is under way, with their offsets
         self._begun: Counter[str] = Counter()  # calls by provider that are chosen and not recorded yet
         self._unknown: dict[str, str] | None = None  # delivery id -> channel: what may have arrived, and is not settled
         self._orders_seen = -1
@@ -218,7 +219,7 @@ class SendingShard(Shard):
         row = self.tables[ATTEMPTS].get(delivery.delivery_id.encode())
         how = plan(delivery, row, channel.on_unknown, unknown_seconds=channel.unknown_seconds)
         job = Job(delivery, lane, message, how.number or how.cut_off or 1, how.failures, how.cut_off, how.provider, how.provider)
-        if (how.number is None and how.cut_off is None) or job.identity in self._active:
+        if (how.number is None and how.cut_off is None) or job.identity in self._active or job.identity in self._settlements:
             metrics.suppressed.labels(channel_name).inc()
             unfinished[offset] = True
             return
@@ -239,19 +240,25 @@ class SendingShard(Shard):
             self._outgoing[channel_name].ready.append(job)
 
     def _take_report(self, change: StatusChange, offset: int, unfinished: dict[int, bool]) -> None:
-        """Take in what a provider reported on an attempt of unknown end: a delivery that waits to be sent again is over."""
+        """Take in what a provider reported on an attempt of unknown end: a delivery that waits to be sent again is over.
+
+        While the next attempt is under way the report waits for its end, and the watermark for the report: a crash forgets none.
+        """
         unfinished[offset] = True
         out = self._outgoing.get(change.channel or "")
         row = self.tables[ATTEMPTS].get((change.delivery_id or "").encode())
         if out is None or not is_settled_by(change, row):
             return
-        here = out.take_out(lambda job: job.identity == (change.delivery_id, change.generation))
-        if not here and (change.delivery_id, change.generation) in self._active:
-            return  # the next attempt is under way
+        identity = (change.delivery_id or "", change.generation)
+        here = out.take_out(lambda job: job.identity == identity)
+        if not here and identity in self._active:
+            if identity not in self._reports:
+                unfinished[offset] = False
+                self._reports[identity] = (change, offset)
+            return
         for job in here:
-            self._active.discard(job.identity)
-            self._unfinished[job.lane.topic][job.record.offset()] = True
-        self._settlements.append(change)
+            self._let_go(job)
+        self._settlements.setdefault(identity, change)
 
     def _keep(self, job: Job, seconds: float) -> None:
         """Let a delivery wait in memory."""
@@ -407,7 +414,7 @@ class SendingShard(Shard):
             self.publish(*delayed)
             self._finish(job, AttemptState.DELAYED, now, unknown_at=job.asks)
         self._stepped_back.clear()
-        for change in self._settlements:
+        for change in self._settlements.values():
             self._record_settlement(change, now)
         self._settlements.clear()
 
@@ -438,13 +445,18 @@ class SendingShard(Shard):
             job.cut_off = None
 
     def _record_settlement(self, change: StatusChange, now: datetime) -> None:
-        """Note in the ledger that a report ended a delivery."""
+        """Note in the ledger that a report ended a delivery. Where it is on an earlier attempt, it holds for the last one too."""
         key = (change.delivery_id or "").encode()
         row = self.tables[ATTEMPTS].get(key)
         if row is None or not is_settled_by(change, row):
             return
-        settled = replace(Attempt.of(row), state=AttemptState.DONE, provider="", at_ms=round(now.timestamp() * 1000))
-        self._put_row(key, settled)
+        last = Attempt.of(row)
+        settled = replace(last, state=AttemptState.DONE, provider="", at_ms=round(now.timestamp() * 1000))
+        self.put(ATTEMPTS, key, settled.row())
+        if change.attempt < last.number:
+            # the status follows the last attempt, which ended without a word of this
+            told = replace(change, attempt=last.number)
+            self.publish(Output(topics.STATUS, told.user_id.encode(), told), self.tools.encoder.encode(told))
         self._note_unknown(key.decode(), change.channel or "", is_unknown=False)
         self.tools.metrics.settled.labels(change.channel or "", change.status).inc()
 
@@ -480,6 +492,8 @@ class SendingShard(Shard):
         if found.suppresses is not None:
             self._publish_suppression(job, found.suppresses, now)
         self._count(job, found, now)
+        if self._is_settled(job, found, now):
+            return
         if found.wait_seconds is None:
             if found.is_exhausted:
                 error = AttemptsExhaustedError(f"attempt {job.number} was the last one: {found.reason}")
@@ -487,6 +501,18 @@ class SendingShard(Shard):
             self._finish(job, AttemptState.DONE, now, unknown_at=_unknown_at(job, found))
         else:
             self._record_wait(job, found, now, fails_over=fails_over)
+
+    def _is_settled(self, job: Job, found: Verdict, now: datetime) -> bool:
+        """Say whether a report that came while the attempt was under way ended the delivery, and if so, record that it did."""
+        change, offset = self._reports.pop(job.identity, (None, 0))
+        if change is None:
+            return False
+        self._unfinished[topics.settled(job.lane.topic.rpartition(".")[2])][offset] = True
+        if found.status in {Status.SENT, Status.DELIVERED}:
+            return False
+        self._record_settlement(change, now)
+        self._let_go(job)
+        return True
 
     def _record_wait(self, job: Job, found: Verdict, now: datetime, *, fails_over: bool) -> None:
         """Record that another attempt follows, and let the delivery wait for it: here, or in the role delay."""
@@ -516,6 +542,9 @@ class SendingShard(Shard):
     def _finish(self, job: Job, state: AttemptState, now: datetime, *, unknown_at: str = "") -> None:
         """Let go of a delivery: its record is done."""
         self._put_attempt(job, state, now, provider=unknown_at)
+        self._let_go(job)
+
+    def _let_go(self, job: Job) -> None:
         self._active.discard(job.identity)
         self._unfinished[job.lane.topic][job.record.offset()] = True
 
@@ -556,13 +585,8 @@ class SendingShard(Shard):
             not_before_ms=0 if not_before is None else round(not_before.timestamp() * 1000),
             provider=provider,
         )
-        self._put_row(key, attempt)
-        self._note_unknown(job.delivery.delivery_id, job.delivery.channel, is_unknown=attempt.is_unknown)
-
-    def _put_row(self, key: bytes, attempt: Attempt) -> None:
-        """Put a row behind all others: they are in the order of their last steps."""
         self.put(ATTEMPTS, key, attempt.row())
-        cast("OrderedDict[bytes, bytes]", self.tables[ATTEMPTS]).move_to_end(key)
+        self._note_unknown(job.delivery.delivery_id, job.delivery.channel, is_unknown=attempt.is_unknown)
 
     def _note_unknown(self, delivery_id: str, channel: str, *, is_unknown: bool) -> None:
         if self._unknown is None:
@@ -689,6 +713,7 @@ class SendingShard(Shard):
         self._deferred.clear()
         self._stepped_back.clear()
         self._settlements.clear()
+        self._reports.clear()
         for unfinished in self._unfinished.values():
             unfinished.clear()
         self._lost.clear()

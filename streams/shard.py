@@ -385,9 +385,9 @@ class Shard:
         """Change a row in memory and in the open transaction, remembering how to undo it."""
         rows = self.tables[table]
         self._undo.append((rows, key, rows.get(key, _MISSING)))
-        if value is None:
-            rows.pop(key, None)
-        else:
+        if value is None or table in self.step.aged:
+            rows.pop(key, None)  # an aged table's row goes behind all others
+        if value is not None:
             # a copy: bytes that orjson made keep their buffer's room, and a row of 30 bytes would cost 4 KB
             rows[key] = bytes(memoryview(value))
         self.writer.produce(self.changelogs[table], value, self._prefixes[table] + key, self.partition)
@@ -422,8 +422,11 @@ class Shard:
         for rows, key, before in reversed(self._undo):
             if before is _MISSING:
                 rows.pop(key, None)
-            else:
-                rows[key] = before
+                continue
+            was_deleted = key not in rows
+            rows[key] = before
+            if was_deleted and isinstance(rows, OrderedDict):
+                rows.move_to_end(key, last=False)  # deleted for its age: it was the first
         self._undo.clear()
 
     def _watermark_key(self, topic: str) -> bytes:
@@ -452,5 +455,5 @@ class Shard:
 def _table(name: str, step: Step) -> dict[bytes, bytes]:
     if name in step.sorted:
         return cast("dict[bytes, bytes]", SortedDict())
-    # ordered by time of insertion, cheaply popped at the front: decisions prune the oldest rows
+    # in the order of their last writes, after a recovery too; cheaply popped at the front: decisions prune the oldest rows
     return OrderedDict() if name in step.aged else {}

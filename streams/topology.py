@@ -40,7 +40,7 @@ class Step:
     writes: tuple[str, ...]
     tables: tuple[tuple[str, str | None], ...] = ()
     count: Count = Count.USER
-    aged: tuple[str, ...] = ()  # tables that forget their oldest rows
+    aged: tuple[str, ...] = ()  # tables that forget their oldest rows, and so keep the order of last writes
     sorted: tuple[str, ...] = ()  # tables whose rows are found by the beginning of their key
     calls_providers: bool = False
     urgent: tuple[str, ...] = ()  # inputs that those behind them in `reads` make room for

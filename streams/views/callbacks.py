@@ -27,7 +27,7 @@ import faust
 import orjson
 from aiohttp import web
 
-from agents.receipts import REPORTED, report_key
+from agents.receipts import REPORTED, plain_code, report_key
 from channels import bounces, ses, signing, twilio
 from schemas import topics
 from schemas.errors import NotifyError
@@ -348,7 +348,8 @@ def _report(given: object, place: str) -> DeliveryReport:
         return value
 
     provider, reference = text("provider") or "", text("reference") or ""
-    status, code = text("status", allowed=frozenset(REPORTED)) or "", text("code", is_required=False)
+    status = text("status", allowed=frozenset(REPORTED)) or ""
+    code = plain_code(text("code", is_required=False))  # services quote what servers say, addresses included
     suppresses = text("suppresses", is_required=False, allowed=frozenset(Suppression))
     try:
         at = datetime.fromisoformat(text("at") or "")

@@ -119,7 +119,10 @@ def test_more_than_a_worker_takes_in_at_once_returns_in_order_and_once(delaying:
     print(f"\ndelay: {len(found)} of one partition, {MAX_HELD_RECORDS} at a time: {max(late):.3f} s after their time at most")
 
 
-def test_after_a_standstill_only_the_wait_that_is_left_counts(delaying: System) -> None:
+def test_after_a_standstill_only_the_wait_that_is_left_counts_and_random_bytes_among_them_harm_nobody(delaying: System) -> None:
+    dice = random.Random(12)
+    noise = [dice.randbytes(dice.randrange(1, 100)) for _ in range(50)]
+    delaying.produce(topics.retry(Lane.NORMAL, Tier.LONG), [(b"still-%d" % (n % 20), value) for n, value in enumerate(noise)])
     long_due = [a_delivery(f"still-{n}", f"still-{n}", attempt=2, not_before=datetime.now(UTC) - timedelta(seconds=60)) for n in range(20)]
     publish(delaying, topics.retry(Lane.NORMAL, Tier.LONG), long_due)
     began = datetime.now(UTC)
@@ -127,6 +130,7 @@ def test_after_a_standstill_only_the_wait_that_is_left_counts(delaying: System) 
     delaying.await_ready(worker, seconds=60)
     wait_for(lambda: len(returned(delaying, Lane.NORMAL)) == 20, seconds=20, what="all returned")
     assert max(at for _, at in returned(delaying, Lane.NORMAL)) < began.timestamp() + 20
+    assert Counter(record.value() for record in delaying.read(topics.DEAD)) == Counter(noise), "as they came"
     assert worker.get("/health/live")[0] == 200
 
 

@@ -198,7 +198,7 @@ def neighbours(made: System) -> Iterator[str]:
 def report_bounce(made: System, notification: str) -> None:
     """Let a provider report that a mail came back."""
     reference, now = f"{notification}-email.0@flowmart.example", datetime.now(UTC).isoformat()
-    line = {"provider": "email", "reference": reference, "status": "bounced", "code": "550 5.1.1", "at": now}
+    line = {"provider": "email", "reference": reference, "status": "bounced", "code": f"550 <{ADDRESS}>", "at": now}
     done = made.notify("receipts", "load", "-", stdin=json.dumps(line))
     assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,4 @@
-"""The roles beside the payments' path through crashes, poison and replay: stock, broadcast, the other senders, signals."""
+"""The roles beside the payments' path through crashes, poison and replay: stock, broadcast, the other senders, signals, store."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from functools import cache
 import pytest
 from fastavro import parse_schema
 
+from agents.inbox import Notification, after_decision, after_status
+from agents.receipts import report_key
 from agents.stock import product_audience, warehouse_audience
 from schemas import topics
 from schemas.codec import frame
 from schemas.ids import delivery_id, digest, notification_id
 from schemas.messages import (
     Command,
+    DecisionRecord,
     Delivery,
+    DeliveryReport,
     EngagementSignal,
     Message,
     NotificationRequested,
     OutOfStock,
+    ProviderReference,
     StatusChange,
     UserAction,
 )
@@ -32,8 +37,9 @@ from streams.cli.wire import Wire
 from streams.embedded.stack import Stack
 from streams.topics import specs
 from tests.harness import System, WorkerProcess, system, wait_for
+from tests.integration.test_store import stored
 
-ROLES = ("ingest", "stock", "router", "sender-critical", "sender-normal", "sender-bulk", "signals", "views")
+ROLES = ("ingest", "stock", "router", "sender-critical", "sender-normal", "sender-bulk", "signals", "views", "store")
 PRODUCTS, STAFF, WATCHERS, ROUNDS = 40, 5, 5, 6
 BOUND = 32  # calls that a sender has open at once, and so what its kill may double
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -203,6 +209,50 @@ def test_reads_are_told_once_although_signals_is_killed(running: System) -> None
     assert set(told().values()) == {1}
 
 
+def settled(number: int) -> tuple[tuple[bytes, ProviderReference], tuple[bytes, DeliveryReport]]:
+    """Return the reference of an attempt of unknown end, and the report that it arrived."""
+    name, user = f"settled-{number}@example.com", f"settled-{number % 50}"
+    identity = notification_id(producer="t", event_id=name, rule="message", user_id=user)
+    known = ProviderReference(
+        provider="email",
+        reference=name,
+        notification_id=identity,
+        delivery_id=delivery_id(identity, Channel.EMAIL),
+        user_id=user,
+        channel=Channel.EMAIL,
+        lane=Lane.NORMAL,
+        generation=0,
+        attempt=1,
+        at=START,
+        is_unknown=True,
+    )
+    report = DeliveryReport(report_id=name, provider="email", reference=name, status="delivered", at=START)
+    key = report_key("email", name)
+    return (key, known), (key, report)
+
+
+def test_reports_settle_their_deliveries_once_although_signals_is_killed(running: System) -> None:
+    references, reports = zip(*map(settled, range(2_000)), strict=True)
+    worker = running.workers["signals-a"]
+    base = worker.metric("notify_records_total", topic=topics.RECEIPTS)
+    # most of the reports come before their reference
+    publish(running, topics.PROVIDER_REFS, references[:500])
+    publish(running, topics.RECEIPTS, reports[:1_000])
+    wait_for(lambda: worker.metric("notify_records_total", topic=topics.RECEIPTS) > base, seconds=30, what="reports flow")
+    worker.kill()
+    publish(running, topics.RECEIPTS, reports[1_000:])
+    publish(running, topics.PROVIDER_REFS, references[500:])
+    wanted = Counter(known.delivery_id for _, known in references)
+
+    def told(topic: str) -> Counter[str | None]:
+        return Counter(each.delivery_id for each in running.messages(topic, StatusChange) if each.delivery_id in wanted)
+
+    wait_for(lambda: told(topics.STATUS).keys() == wanted.keys(), seconds=60, what="every delivery settled")
+    assert told(topics.STATUS) == wanted
+    assert told(topics.settled(Lane.NORMAL)) == wanted
+    assert not running.table("signals.match", "waiting")
+
+
 def test_a_password_reset_and_a_strange_action_are_decided_each_in_its_way(running: System) -> None:
     running.load_preferences([{"userId": "forgetful", "email": "forgetful@example.com"}])
     actions = [
@@ -222,17 +272,18 @@ def test_a_password_reset_and_a_strange_action_are_decided_each_in_its_way(runni
     assert "danced" in shown
 
 
-def test_poison_in_every_public_topic_harms_nobody(running: System) -> None:
+def test_poison_in_public_topics_in_reports_and_in_deliveries_harms_nobody(running: System) -> None:
     dice = random.Random(11)
     public = (topics.INVENTORY, topics.USER_ACTIONS, topics.PRODUCTS, topics.COMMANDS, *(requests(lane) for lane in Lane))
-    noise = {topic: [dice.randbytes(dice.randrange(1, 100)) for _ in range(50)] for topic in public}
+    ours = (topics.SIGNALS, topics.RECEIPTS, topics.PROVIDER_REFS, *(deliver(Channel.EMAIL, lane) for lane in Lane))
+    noise = {topic: [dice.randbytes(dice.randrange(1, 100)) for _ in range(50)] for topic in (*public, *ours)}
     adjustments = adjust(running, "poison", range(2))
-    for topic in public:
-        records: list[tuple[bytes | None, bytes]] = [(dice.randbytes(8), value) for value in noise[topic]]
+    for topic, values in noise.items():
+        records: list[tuple[bytes | None, bytes]] = [(dice.randbytes(8), value) for value in values]
         if topic == topics.INVENTORY:
             records += adjustments
             # a stable order for each product; noise between
-            records = sorted(records, key=lambda record: dice.random() if record[1] in noise[topic] else 0.5)
+            records = sorted(records, key=lambda record: dice.random() if record[1] in noise[topics.INVENTORY] else 0.5)
         running.produce(topic, records)
     wanted = expected("poison", range(2))
     mailed = {delivery_id(found, Channel.EMAIL) for lane in wanted.values() for found in lane}  # type: ignore[arg-type]  # ids as text
@@ -240,9 +291,19 @@ def test_poison_in_every_public_topic_harms_nobody(running: System) -> None:
 
     def dead() -> bool:
         values = Counter(record.value() for record in running.read(topics.DEAD))
-        return all(values[value] >= 1 for topic in public for value in noise[topic])
+        return all(values[value] >= 1 for each in noise.values() for value in each)
 
     wait_for(dead, seconds=30, what="every random record in dead, as it came")
+
+
+def rows_of_the_log(made: System) -> dict[str, bytes]:
+    """Return the rows that the store has to have: what follows from all decisions and statuses."""
+    rows: dict[str, Notification | None] = {}
+    for decision in made.messages(topics.DECISIONS, DecisionRecord):
+        rows[decision.notification_id] = after_decision(rows.get(decision.notification_id), decision)
+    for change in made.messages(topics.STATUS, StatusChange):
+        rows[change.notification_id] = after_status(rows.get(change.notification_id), change)
+    return {notification: row.encode() for notification, row in rows.items() if row is not None}
 
 
 def test_groups_reset_to_the_beginning_repeat_nothing_in_any_role(running: System) -> None:
@@ -252,6 +313,7 @@ def test_groups_reset_to_the_beginning_repeat_nothing_in_any_role(running: Syste
     tables = {place: running.table(*place) for place in shown}
     watches = running.rows(topics.WATCHES)
     mails = running.mails()
+    wait_for(lambda: stored(running) == rows_of_the_log(running), seconds=60, what="the store has everything")
     running.stop(*(running.workers[f"{role}-a"] for role in ROLES))
     running.delete_groups(ROLES)
     for role in ROLES:
@@ -268,3 +330,6 @@ def test_groups_reset_to_the_beginning_repeat_nothing_in_any_role(running: Syste
     assert watches.keys() <= running.rows(topics.WATCHES).keys()
     for place, before in tables.items():
         assert before.keys() <= running.table(*place).keys()
+    wait_for(
+        lambda: stored(running) == rows_of_the_log(running), seconds=60, what="the store has the new ones, and the others as they were"
+    )

@@ -6,7 +6,6 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,15 +15,15 @@ from faust.types import TP
 from schemas.topics import Lane as LaneName
 from schemas.topics import requests
 from streams.deciding import DecidingShard
-from streams.metrics import Metrics
 from streams.roles import Role
 from streams.runner import Runner
 from streams.runs import DeadRun
-from streams.shard import Encoder, Input, Lane, Names, RecordSource, Tools, Turns, dead_letter_headers
-from streams.topology import TOPOLOGY, all_topics
-from streams.transport.cluster import LEFT_EXIT_CODE, Cluster
+from streams.shard import Input, Lane, RecordSource, dead_letter_headers
+from streams.topology import TOPOLOGY
+from streams.transport.cluster import LEFT_EXIT_CODE
 from streams.transport.reader import Batch, Reader
 from streams.transport.records import Record
+from tests.shards import Counting, tools
 
 (STEP,) = (step for step in TOPOLOGY if step.role is Role.ROUTER)
 TOPIC = requests(LaneName.NORMAL)
@@ -55,37 +54,6 @@ class Stamped(At):
 
     def headers(self) -> None:
         return None
-
-
-class Counting:
-    """A reader that counts what is finished."""
-
-    def __init__(self) -> None:
-        self.finished_records = 0
-
-    def finished(self, _partition: int, records: int) -> None:
-        self.finished_records += records
-
-
-def tools() -> Tools:
-    specs = {spec.name: spec for spec in all_topics()}
-    physical = {name: f"notify.x.{name}" for name in specs}
-    names = Names(
-        physical=physical,
-        logical={found: name for name, found in physical.items()},
-        specs=specs,
-        partitions=dict.fromkeys(specs, 4),
-        ids=dict.fromkeys(specs, "id"),
-    )
-    return Tools(
-        cluster=Cluster(bootstrap="127.0.0.1:1"),
-        names=names,
-        encoder=cast("Encoder", None),
-        metrics=Metrics(Role.ROUTER),
-        role=Role.ROUTER,
-        pool=ThreadPoolExecutor(1),
-        turns=Turns(),
-    )
 
 
 def runner() -> Runner:

@@ -28,7 +28,7 @@ from schemas.ids import is_notification_id
 from schemas.messages import Contact
 from schemas.sealed import unseal
 from streams import provisioning
-from streams.cli import build, console, records
+from streams.cli import build, console, receipts, records
 from streams.cli.context import find_running, load_settings, remove_running, write_running
 from streams.cli.dead import hexdump
 from streams.cli.errors import CliError
@@ -298,6 +298,13 @@ def test_a_field_that_does_not_fit_is_named(change: dict[str, object], problem: 
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(InvalidEventError, match="eventId: is missing"):
         records.to_record("NotificationRequested", {})
+
+
+def test_an_address_in_the_code_of_a_report_is_not_published() -> None:
+    report = {"provider": "smtp", "reference": "d.0@example.com", "status": "bounced", "at": "2026-03-01T00:00:00Z"}
+    said = receipts.to_record({**report, "code": "550 <zebulon@planted.example> is unknown"})
+    assert said == receipts.to_record({**report, "code": "550 is unknown"}), "and its id is of what is published"
+    assert said["code"] == "550 is unknown"
 
 
 def test_a_topic_goes_by_its_full_and_its_short_name() -> None:

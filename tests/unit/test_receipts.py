@@ -81,9 +81,8 @@ class Desk:
 
     def _apply(self, effects: Effects) -> Effects:
         for row in effects.rows:
-            if row.value is None:
-                self.state[row.table].pop(row.key, None)
-            else:
+            self.state[row.table].pop(row.key, None)
+            if row.value is not None:
                 self.state[row.table][row.key] = row.value
         self.changes += [output.value for output in effects.outputs if isinstance(output.value, StatusChange)]
         self.orders += [output.value for output in effects.outputs if isinstance(output.value, ControlEntry)]
@@ -243,6 +242,26 @@ def test_a_report_that_nothing_answers_to_is_a_dead_letter_after_three_days_with
     assert (aside.source.topic, aside.source.partition, aside.source.offset) == ("receipts", partition_of(key, PARTITIONS), 1)
     assert (aside.source.at, aside.source.key, aside.value, aside.error.reason) == (NOW, key, b"raw", "unknown_reference")
     assert not desk.state[WAITING]
+
+
+def test_reports_under_one_reference_are_dead_letters_together_and_hold_up_no_others() -> None:
+    desk = Desk()
+    desk.tell(REPORT)
+    desk.tell(replace(REPORT, reference="other"), at=NOW + timedelta(hours=1))
+    desk.tell(replace(REPORT, status="bounced"), at=NOW + timedelta(hours=48))
+    waiting = timedelta(seconds=WAITING_SECONDS + 1)
+    assert [aside.source.key for aside in desk.expire(NOW + timedelta(hours=1) + waiting)] == [report_key("smtp", "other")]
+    assert not desk.expire(NOW + timedelta(hours=47) + waiting)
+    assert [aside.source.offset for aside in desk.expire(NOW + timedelta(hours=48) + waiting)] == [1, 3]
+
+
+def test_a_reference_that_is_told_again_does_not_keep_those_behind_it() -> None:
+    desk = Desk()
+    desk.tell(REFERENCE)
+    desk.tell(replace(REFERENCE, reference="other"))
+    later = NOW + timedelta(seconds=REFERENCE_SECONDS + 1)
+    desk.tell(replace(REFERENCE, attempt=2, at=later), at=later)
+    assert list(desk.state[REFERENCES]) == [report_key("smtp", REFERENCE.reference)]
 
 
 @pytest.mark.parametrize("seconds", [REFERENCE_SECONDS, 86_400])

@@ -22,8 +22,8 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, b
 from schemas import topics
 from schemas.codec import pack, unpack
 from schemas.errors import UnsealableError
-from schemas.ids import partition_of
-from schemas.messages import NotificationRequested, RequestData, UserKey
+from schemas.ids import notification_id, partition_of
+from schemas.messages import NotificationRequested, RequestData, UserAction, UserKey
 from schemas.sealed import seal, unseal, unwrap
 from schemas.topics import Lane, Tier
 from streams.cli import keys
@@ -42,6 +42,8 @@ POSTED, SENT, BURIED = "the marmalade is under the third floorboard", "bring the
 PLANTED = (NAME, ADDRESS, PHONE, POSTED, SENT, BURIED)
 # in a payment, which its own service publishes readable, and then in rows: what shows that the search finds what is there
 READABLE = "readable-control-7f3a"
+# in other services' events: readable in the topics that are theirs, and sealed in what comes of them
+REFUSED, PLACE = "the heron bank wants to see a passport", "a lighthouse near Ulm"
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +197,19 @@ def neighbours(made: System) -> Iterator[str]:
             yield f"n-{number}"
 
 
+def publish_events(made: System) -> Iterator[str]:
+    """Let other services publish a payment and an action of the user; yield the ids of the notifications that come of them."""
+    payment = {"paymentId": "p-refused", "userId": USER, "status": "failed", "amount": 12.5, "currency": "USD", "failureReason": REFUSED}
+    made.produce(topics.PAYMENTS, made.frame_payments([payment]))
+    yield notification_id(producer="payments", event_id="payment:p-refused:failed", rule="payment_failed", user_id=USER)
+    said = {"code": "73 19 44", "expiresInMinutes": "15", "requestedFrom": PLACE}
+    action = UserAction(action_id="a-reset", user_id=USER, action="password_reset_requested", data=said, occurred_at=datetime.now(UTC))
+    with Wire(made.settings) as wire:
+        codec = wire.codec([spec for spec in specs() if spec.name == topics.USER_ACTIONS])
+    made.produce(topics.USER_ACTIONS, [(USER.encode(), codec.encode(action))])
+    yield notification_id(producer="user-actions", event_id="a-reset", rule="password_reset", user_id=USER)
+
+
 def report_bounce(made: System, notification: str) -> None:
     """Let a provider report that a mail came back."""
     reference, now = f"{notification}-email.0@flowmart.example", datetime.now(UTC).isoformat()
@@ -223,6 +238,8 @@ def test_a_forgotten_user_is_readable_nowhere_and_may_come_back_with_a_new_key(r
     asked = {"userId": USER, "rule": "message", "data": {"title": "For you", "message": POSTED}}
     sent = running.notify("send", "--user", USER, "--title", "Tonight", "--message", SENT).stdout.strip()
     wait_for(partial(was_mailed, running, sent), seconds=40, what="the mail")
+    for event in publish_events(running):
+        wait_for(partial(was_mailed, running, event), seconds=40, what="the mail of an event")
     let_mail_server(running, mode="refuse", code=451)
     try:
         posted = running.ask("/notifications", asked)[2]["notificationId"]
@@ -264,6 +281,10 @@ def test_a_forgotten_user_is_readable_nowhere_and_may_come_back_with_a_new_key(r
     wait_for(is_cleaned_up, seconds=120, what="the wrapped key gone from every file")
     assert searched(running, wrapped, *PLANTED) == set()
     assert records_with(running, wrapped, READABLE, *PLANTED).keys() == {READABLE}
+    theirs = {REFUSED: running.topic(topics.PAYMENTS), PLACE: running.topic(topics.USER_ACTIONS)}
+    assert {text: set(found) for text, found in records_with(running, *theirs).items()} == {text: {name} for text, name in theirs.items()}
+    strange = {path for text, paths in files_with(running, *theirs).items() for path in paths if theirs[text] not in path}
+    assert not strange, "what events said of him is left in their own topics alone"
 
     returned = {**asked, "data": {"title": "Welcome back", "message": "hello again"}, "idempotencyKey": "back"}
 
@@ -272,7 +293,7 @@ def test_a_forgotten_user_is_readable_nowhere_and_may_come_back_with_a_new_key(r
 
     wait_for(is_taken, seconds=30, what="a request for him taken, with a new key")
     wait_for(lambda: "hello again" in inbox(running).values(), seconds=30, what="the new notification")
-    assert sorted(inbox(running).values()) == ["erased", "erased", "erased", "hello again"]
+    assert sorted(inbox(running).values()) == ["erased", "erased", "erased", "erased", "hello again"]
     with Wire(running.settings) as wire:
         fresh = keys.find_key(running.settings, wire, USER)
     assert fresh is not None

@@ -120,7 +120,7 @@ def test_a_paused_partition_is_never_fetched() -> None:
 def test_a_consumer_is_not_idle_while_it_fetches() -> None:
     from aiokafka.consumer.subscription_state import SubscriptionState
 
-    assert "_subscription = SubscriptionState()" in source(aiokafka.AIOKafkaConsumer.__init__).replace("self.", "")
+    assert "self._subscription = SubscriptionState(" in source(aiokafka.AIOKafkaConsumer.__init__)
     assert "self._fetch_count += 1" in source(SubscriptionState.fetch_context)
     assert "await self._consumer.start()" in source(driver.AIOKafkaConsumerThread.on_start)
 

@@ -264,7 +264,11 @@ class System:
 
         With the topics of two dozen environments that takes half a minute of a core, and longer than a start may on a busy one.
         """
-        found = [name for name in self.admin.list_topics(timeout=10).topics if f".{self.name}." in name]
+        try:
+            found = [name for name in self.admin.list_topics(timeout=10).topics if f".{self.name}." in name]
+        except KafkaException as error:
+            print(f"the topics of {self.name} were not deleted: {error.args[0]}")  # what failed before says more
+            return
         for name, deleted in (self.admin.delete_topics(found, operation_timeout=30) if found else {}).items():
             try:
                 deleted.result()

@@ -32,6 +32,7 @@ from streams.embedded.processes import (
 PROTOCOL_TIMEOUT_SECONDS: Final = 5.0
 INTERNAL_PARTITIONS: Final = 8
 FORMAT_DEADLINE_SECONDS: Final = 60.0
+_TRIES: Final = 6  # of PROTOCOL_TIMEOUT_SECONDS each
 CLUSTER_ID: Final = "Zmxvd21hcnQtbm90aWZ5IQ"  # any 16 bytes in base64; one folder is one cluster
 
 # Kafka says nothing at WARN when all is well, and a log of five lines is read.
@@ -125,10 +126,15 @@ class KafkaBroker(Server):
                     with contextlib.suppress(KafkaException):  # a client was faster; or the broker does it itself later
                         created.result(PROTOCOL_TIMEOUT_SECONDS)
 
-        try:
-            await asyncio.to_thread(create)
-        except (KafkaException, TimeoutError) as error:
-            raise self.failure("could not create its own topics") from error
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                await asyncio.to_thread(create)
+            except (KafkaException, TimeoutError) as error:
+                # one that comes back on a busy machine answers one question, and the next one late
+                if not tries_left:
+                    raise self.failure("could not create its own topics") from error
+            else:
+                return
 
     @property
     def _log_dir(self) -> Path:
